@@ -1,0 +1,55 @@
+"""The one YAML file of a run: models with every default, aliases, overrides, cross-field rules.
+
+A config is read by `load_config`, completed by `deepspeed_config.with_deepspeed` (what the user's DeepSpeed JSON says)
+and `with_batch` (the global batch size), and written into the run folder by `dump_config`, which `load_config` reads
+back to an equal object. Every mistake is a `ConfigError`: one line each of setting, value, rule, remedy; all at once.
+"""
+
+from ardtrain.config.models import (
+    METHODS,
+    WORKING_METHODS,
+    AdapterSettings,
+    DataBlock,
+    ElaLoraBlock,
+    OptimizerBlock,
+    RunConfig,
+    TargetBlock,
+    adapter_settings,
+    num_warmup_steps,
+    schedule_errors,
+)
+from ardtrain.config.reading import (
+    ALIASES,
+    accumulation_steps,
+    check_schedule,
+    dump_config,
+    load_config,
+    parse_config,
+    updated,
+    with_batch,
+)
+from ardtrain.config.text import ConfigError, read_deepspeed_json
+
+__all__ = [
+    "ALIASES",
+    "METHODS",
+    "WORKING_METHODS",
+    "AdapterSettings",
+    "ConfigError",
+    "DataBlock",
+    "ElaLoraBlock",
+    "OptimizerBlock",
+    "RunConfig",
+    "TargetBlock",
+    "accumulation_steps",
+    "adapter_settings",
+    "check_schedule",
+    "dump_config",
+    "load_config",
+    "num_warmup_steps",
+    "parse_config",
+    "read_deepspeed_json",
+    "schedule_errors",
+    "updated",
+    "with_batch",
+]

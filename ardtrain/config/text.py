@@ -1,0 +1,177 @@
+"""Text to plain nested mappings: YAML, command-line overrides, the user's DeepSpeed JSON. Knows no setting."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_SECRET = re.compile(r"(?:token|secret|password|api_?key)s?(?:$|[_-])", re.IGNORECASE)
+_COUNT = re.compile(r"(?:max|min|num)_", re.IGNORECASE)  # max_new_tokens is no secret
+_FLOAT = re.compile(
+    r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$"
+    r"|\.(?:nan|NaN|NAN)$"
+)
+_REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")  # a revision may look like a date
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config, one line for each mistake; `errors` holds the lines."""
+
+    def __init__(self, errors: Iterable[str]) -> None:
+        self.errors = list(errors)
+        super().__init__("\n".join(self.errors))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (YAML 1.1 says string) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the text `1e5`, which our loader would read as a number."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text in the order of `values`."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """Value of a YAML text.
+
+    Raises:
+        ConfigError: not YAML; the line says where and quotes nothing of the text.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError([f"{source}{line}: {error.problem}; correct the YAML there"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{source}: {type(error).__name__}; correct the YAML there"]) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError([f"config {path} cannot be read ({error}); give the path of a YAML file"]) from None
+    raw = parse_yaml(text, source=str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError([f"config {path} holds no `setting: value` lines; see examples/"])
+    return raw
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Nested mapping of `a.b=c`, `--a.b=c` and `--a.b c`; values are YAML, later ones win."""
+    nested: dict[str, Any] = {}
+    for name, value in _override_pairs(arguments):
+        block = nested
+        *path, last = name.split(".")
+        for part in path:
+            inner = block.setdefault(part, {})
+            if not isinstance(inner, dict):
+                inner = block[part] = {}
+            block = inner
+        block[last] = parse_yaml(value, source=f"override {name}")
+    return nested
+
+
+def _override_pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Dotted name and text of each override; `--max-steps` is max_steps."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        dashed = argument.startswith("--")
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if dashed:
+            name = name.replace("-", "_")
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ConfigError([f"override {name!r} names no setting; write a.b=value or --a.b value"])
+        if not equals:
+            if not dashed or not rest or rest[0].startswith("--"):
+                raise ConfigError([f"override {name} has no value; write {name}=value"])
+            value = rest.pop(0)
+        yield name, value
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the leaves of `over` put over it."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def secret_errors(raw: object, path: str = "") -> list[str]:
+    """One line for each key that looks like a secret's; the value is not quoted."""
+    errors = []
+    if isinstance(raw, dict):
+        for key, value in raw.items():
+            name = f"{path}{key}"
+            if _SECRET.search(str(key)) and not _COUNT.match(str(key)):
+                errors.append(f"{name} looks like a secret, and configs are written into run folders; remove it and "
+                              "set it in the environment (such as HF_TOKEN)")  # fmt: skip
+            else:
+                errors += secret_errors(value, f"{name}.")
+    elif isinstance(raw, list):
+        for index, value in enumerate(raw):
+            errors += secret_errors(value, f"{path}{index}.")
+    return errors
+
+
+def deepspeed_folder() -> Path:
+    """Where the named DeepSpeed configs lie: data of the installed package, or the checkout's ds_configs/."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "ds_configs"
+    return installed if installed.is_dir() else package.parent / "ds_configs"
+
+
+def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
+    """The user's DeepSpeed JSON: a path (with `/` or `.json`, or a file that exists), else a name in ds_configs/.
+
+    Raises:
+        ConfigError: there is no such file, it is no JSON object, or it holds a secret.
+    """
+    path = Path(name_or_path)
+    if "/" not in name_or_path and path.suffix != ".json" and not path.is_file():
+        folder = deepspeed_folder()
+        path = folder / f"{name_or_path}.json"
+        if not path.is_file():
+            names = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
+            raise ConfigError([f"deepspeed={name_or_path} is neither a file nor one of {names}; give one of them"])
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise ConfigError([f"deepspeed={name_or_path} cannot be read ({error}); correct the path"]) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"deepspeed={path} is no JSON (line {error.lineno}: {error.msg}); correct it"]) from None
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"deepspeed={path} holds no JSON object; write one in braces"])
+    if errors := secret_errors(loaded, "deepspeed."):
+        raise ConfigError(errors)
+    return loaded
