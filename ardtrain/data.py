@@ -1,0 +1,394 @@
+"""From samples to grains: the Arrow cache, collation, training and held-out data.
+
+data_rows.py turns files into samples, data_order.py says which samples make up which step.
+Letters: B batch (rows of a grain), T tokens.  Labels are -100 where there is no loss and are *not* shifted: the logits
+at t are compared with `labels[:, t + 1]`.
+Nothing here knows how many processes there are; none of it communicates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ardtrain.data_order import Cursor, Grain, RowRef, TrainOrder, cut_grains, pack
+from ardtrain.data_rows import SUFFIXES, DataError, DataSettings, Tokenising, check_file
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "Cursor",
+    "DataError",
+    "DataSettings",
+    "EvalData",
+    "Grain",
+    "RowRef",
+    "Samples",
+    "TrainData",
+    "additive_mask",
+    "build_batch",
+    "tokenizer_fingerprint",
+]
+
+IGNORE_INDEX = -100
+_CACHE_FORMAT = 1  # raise when the meaning of the cached columns changes
+_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "loss_mask": List(Value("bool")),
+        "file": Value("int32"),
+        "line": Value("int64"),
+        "piece": Value("int32"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one grain, on the CPU.
+
+    input_ids: [B, T] int64.
+    labels: [B, T] int64, not shifted; -100 on prompts, on padding and on every document's first token.
+    position_ids: [B, T] int64, from 0 in each document; 0 on padding.
+    attention_mask: [B, T] bool, True on tokens; None when packed.
+    block_mask: [B, 1, T, T] bool, True where query (third dim) may see key (fourth); None when not packed.
+    num_target_tokens: terms of the summed loss.  num_tokens: tokens without padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    block_mask: Tensor | None
+    num_target_tokens: int
+    num_tokens: int
+
+
+def additive_mask(block_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T] `dtype`: 0 where `block_mask` is True, else the dtype's lowest number.  Pass it as `attention_mask`.
+
+    transformers hands a 4-D mask to the attention unchanged.  `eager` adds it to the scores, so it must be this
+    additive form (a bool mask would add 1); `sdpa` takes it as it is, in the dtype of the queries, and then may not
+    use is_causal. The flash kernels take no 4-D mask at all. Layers with a sliding window get no window from it.
+    """
+    mask = torch.zeros(block_mask.shape, dtype=dtype, device=block_mask.device)
+    return mask.masked_fill_(~block_mask, torch.finfo(dtype).min)
+
+
+# ---- the cache ----
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 (hex) of all that decides token ids: vocabulary, merges, normaliser, special tokens, chat template."""
+    state: dict[str, Any] = {
+        "special_tokens": {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())},
+        "chat_template": tokenizer.chat_template,
+    }
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Padding and truncation are the last caller's arguments, not the tokenizer's.
+        state["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
+    else:
+        state["vocab"] = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _cache_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 (hex) over file contents, the settings that decide samples, and the tokenizer; paths do not count."""
+    contents = []
+    for path in settings.train_files:
+        with open(path, "rb") as file:
+            suffix = next(suffix for suffix in SUFFIXES if path.endswith(suffix))
+            contents.append([suffix, hashlib.file_digest(file, "sha256").hexdigest()])
+    values = {key: value for key, value in asdict(settings).items() if key not in ("train_files", "seed")}
+    state = [_CACHE_FORMAT, contents, values, tokenizer_fingerprint(tokenizer)]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _write_cache(folder: Path, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenise into a temporary folder beside `folder`, then rename: `folder` is whole or absent."""
+    tokenising = Tokenising(settings, tokenizer)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        lengths: list[npt.NDArray[np.int32]] = []
+        with ArrowWriter(path=str(partial / "samples.arrow"), features=_FEATURES) as writer:
+            for batch in tokenising.batches():
+                if batch:
+                    writer.write_batch({name: [getattr(s, name) for s in batch] for name in _FEATURES})
+                    lengths.append(np.array([len(s.input_ids) for s in batch], dtype=np.int32))
+            if not lengths:
+                counts = ", ".join(f"{name} {count}" for name, count in tokenising.counts.items())
+                raise DataError(
+                    ", ".join(settings.train_files),
+                    None,
+                    f"no row is left to use ({counts})",
+                    "raise max_length, set truncation: right (text: packing: true), or correct the files",
+                )
+            writer.finalize()
+        np.save(partial / "lengths.npy", np.concatenate(lengths))
+        meta = {"counts": tokenising.counts, "format": tokenising.format}
+        (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            # Another process was first; its folder has the same content.
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class Samples:
+    """Tokenised samples on disk, memory-mapped; tokenised on first use, loaded by every later process.
+
+    Attributes:
+        cache_key: sha256 (hex) of files, settings and tokenizer; also the name of the cache folder.
+        counts: rows read, and of them bad, too_long, truncated; samples kept.
+        format: the format found or given.
+        lengths: [num_samples] int32, tokens of each sample, memory-mapped.
+    Raises:
+        DataError: a row is broken or too long and the settings say error; no row is left.
+        ValueError: a file is missing, or a setting does not fit the data.
+    """
+
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> None:
+        for path in settings.train_files:
+            check_file(path)
+        self._files = settings.train_files
+        self.cache_key = _cache_key(settings, tokenizer)
+        folder = Path(cache_dir) / self.cache_key
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder):
+                if not folder.exists():
+                    _write_cache(folder, settings, tokenizer)
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.counts: dict[str, int] = meta["counts"]
+        self.format: str = meta["format"]
+        self.lengths: npt.NDArray[np.int32] = np.load(folder / "lengths.npy", mmap_mode="r")
+        self._table = Dataset.from_file(str(folder / "samples.arrow")).with_format("arrow")
+
+    def read(self, samples: Sequence[int]) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+        """(input_ids, loss_mask) of each sample, both [length]."""
+        table: Any = self._table[list(samples)]
+        ids, masks = table.column("input_ids"), table.column("loss_mask")
+        return [(ids[i].values.to_numpy(), masks[i].values.to_numpy(zero_copy_only=False)) for i in range(len(samples))]
+
+    def ids(self, samples: Sequence[int]) -> list[str]:
+        """`file:line` of each sample, with `#piece` (from 0) behind it for the later pieces of a long text."""
+        table: Any = self._table[list(samples)]
+        columns = (table.column(name).to_pylist() for name in ("file", "line", "piece"))
+        return [
+            f"{self._files[file]}:{line}{f'#{piece}' if piece else ''}"
+            for file, line, piece in zip(*columns, strict=True)
+        ]
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One process of a machine tokenises, the others wait.  Saves work only: without it the last rename would lose."""
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    with suppress(NotImplementedError, OSError):  # a file system without locks
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()  # does nothing when it is not held
+
+
+# ---- collation ----
+
+
+def build_batch(
+    rows: Sequence[Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.bool_]]]], *, packed: bool, pad_token_id: int
+) -> Batch:
+    """The tensors of rows of samples, padded on the right to the longest row.
+
+    Args:
+        rows: B rows, each of (input_ids [length], loss_mask [length]) samples; one sample each unless `packed`.
+    """
+    assert packed or all(len(row) == 1 for row in rows)
+    width = max(sum(len(ids) for ids, _ in row) for row in rows)
+    shape = (len(rows), width)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    is_token = np.zeros(shape, dtype=np.bool_)
+    block_mask = np.zeros((len(rows), 1, width, width), dtype=np.bool_) if packed else None
+    causal = np.tri(width if packed else 0, dtype=np.bool_)
+    for b, row in enumerate(rows):
+        end = 0
+        for ids, loss_mask in row:
+            start, end = end, end + len(ids)
+            input_ids[b, start:end] = ids
+            labels[b, start + 1 : end] = np.where(loss_mask[1:], ids[1:], IGNORE_INDEX)
+            position_ids[b, start:end] = np.arange(len(ids))
+            is_token[b, start:end] = True
+            if block_mask is not None:
+                block_mask[b, 0, start:end, start:end] = causal[: len(ids), : len(ids)]
+        if block_mask is not None:  # padding sees itself, so that no query is without a key
+            block_mask[b, 0, end:, end:] = causal[: width - end, : width - end]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        attention_mask=None if packed else torch.from_numpy(is_token),
+        block_mask=None if block_mask is None else torch.from_numpy(block_mask),
+        num_target_tokens=int((labels[:, 1:] != IGNORE_INDEX).sum()),
+        num_tokens=int(is_token.sum()),
+    )
+
+
+class _Collator:
+    """Grains -> tensors; a grain's tensors depend on the grain alone."""
+
+    def __init__(self, samples: Samples, tokenizer: PreTrainedTokenizerBase, packed: bool) -> None:
+        self._samples = samples
+        self._packed = packed
+        # Padding is never seen and never a target, so any valid id serves.
+        self._pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+    def collate(self, grain: Grain) -> Batch:
+        """The grain's tensors."""
+        read = iter(self._samples.read([sample for row in grain.rows for sample in row.samples]))
+        rows = [list(islice(read, len(row.samples))) for row in grain.rows]
+        return build_batch(rows, packed=self._packed, pad_token_id=self._pad)
+
+    def sample_ids(self, grain: Grain) -> list[str]:
+        """`file:line` of every sample in the grain, for messages."""
+        return self._samples.ids([sample for row in grain.rows for sample in row.samples])
+
+
+class TrainData:
+    """The training data of a run: which samples make up each step, and their tensors.
+
+    Args:
+        cache_dir: folder of the tokenised samples, shared by processes and runs.
+        global_batch_size, grain_size: rows of a step and of a grain (per_device_train_batch_size).
+        num_train_epochs, max_steps: length of the run; max_steps wins.
+    Raises:
+        DataError, ValueError: see Samples and TrainOrder.
+    Attributes:
+        num_steps: T.  num_grains: grains of a full step.  num_samples.  counts, format: see Samples.
+        fingerprint: sha256 (hex) of all that decides the lists of rows (samples, packing, seed): a checkpoint keeps
+            it, and a cursor is valid under an equal fingerprint only.
+
+    Not a function of the number of processes; any step may be asked for at any time.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        cache_dir: str | Path,
+        *,
+        global_batch_size: int,
+        grain_size: int,
+        num_train_epochs: float | None = None,
+        max_steps: int | None = None,
+    ) -> None:
+        samples = Samples(settings, tokenizer, cache_dir)
+        self._order = TrainOrder(
+            samples.lengths,
+            seed=settings.seed,
+            capacity=settings.max_length if settings.packing else None,
+            global_batch_size=global_batch_size,
+            grain_size=grain_size,
+            num_train_epochs=num_train_epochs,
+            max_steps=max_steps,
+        )
+        self._collator = _Collator(samples, tokenizer, settings.packing)
+        self.counts = samples.counts
+        self.format = samples.format
+        self.num_samples = len(samples.lengths)
+        self.num_steps = self._order.num_steps
+        self.num_grains = self._order.num_grains
+        self.fingerprint = hashlib.sha256(f"{samples.cache_key} seed {settings.seed}".encode()).hexdigest()
+
+    def num_rows(self, epoch: int) -> int:
+        """Rows of `epoch`; with packing epochs differ."""
+        return self._order.num_rows(epoch)
+
+    def rows_of_step(self, step: int) -> list[RowRef]:
+        """See TrainOrder.rows_of_step."""
+        return self._order.rows_of_step(step)
+
+    def grains(self, step: int) -> list[Grain]:
+        """The micro-batches of `step` (from 0)."""
+        return self._order.grains(step)
+
+    def cursor(self, step: int) -> Cursor:
+        """Where `step` begins."""
+        return self._order.cursor(step)
+
+    def collate(self, grain: Grain) -> Batch:
+        """The grain's tensors."""
+        return self._collator.collate(grain)
+
+    def sample_ids(self, grain: Grain) -> list[str]:
+        """`file:line` of every sample in the grain, for messages."""
+        return self._collator.sample_ids(grain)
+
+
+class EvalData:
+    """Held-out data as grains in file order, never shuffled; packed if training is.
+
+    Args:
+        settings: the training's, or a changed copy (other fields); its train_files are not read.
+        files: the held-out files.
+        max_samples: only the first so many samples.
+    Attributes:
+        num_samples.  counts, format: see Samples (of the whole files).
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        files: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        cache_dir: str | Path,
+        *,
+        grain_size: int,
+        max_samples: int | None = None,
+    ) -> None:
+        if grain_size <= 0 or (max_samples is not None and max_samples <= 0):
+            raise ValueError(f"grain_size={grain_size} and max_samples={max_samples} must be above 0")
+        samples = Samples(replace(settings, train_files=tuple(files)), tokenizer, cache_dir)
+        lengths = samples.lengths[:max_samples]
+        order = range(len(lengths))
+        rows = pack(order, lengths, settings.max_length) if settings.packing else [(sample,) for sample in order]
+        self._grains = cut_grains([RowRef(0, i, row) for i, row in enumerate(rows)], grain_size)
+        self._collator = _Collator(samples, tokenizer, settings.packing)
+        self.counts = samples.counts
+        self.format = samples.format
+        self.num_samples = len(lengths)
+
+    def grains(self) -> list[Grain]:
+        """All grains, numbered from 0."""
+        return list(self._grains)
+
+    def collate(self, grain: Grain) -> Batch:
+        """The grain's tensors."""
+        return self._collator.collate(grain)
+
+    def sample_ids(self, grain: Grain) -> list[str]:
+        """`file:line` of every sample in the grain, for messages."""
+        return self._collator.sample_ids(grain)

@@ -1,0 +1,269 @@
+"""Which samples make up which step: order, packing, cursor.  Pure functions of (seed, epoch, token lengths).
+
+Words: a *sample* is one tokenised document (or a piece of one), numbered from 0 in file order. A *row* is one line of
+the batch: one sample, or with packing several. Rows of an epoch form a list; the epochs' lists joined and cut into
+global batches are the steps; a step is cut into grains. The number of processes appears nowhere in this file.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, floor
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+# What a stream of random numbers is for; part of its seed, so that no two purposes share numbers.
+_PURPOSE_SAMPLES = 1
+_PURPOSE_ROWS = 2
+_EPOCHS_KEPT = 2  # a batch may span two epochs
+
+
+@dataclass(frozen=True)
+class RowRef:
+    """One row of a batch: `row` counts from 0 within `epoch`; `samples` are numbers of samples, in order."""
+
+    epoch: int
+    row: int
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grain:
+    """One micro-batch: `index` counts from 0 within the step."""
+
+    index: int
+    rows: tuple[RowRef, ...]
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Place in the run: the next row to be trained on."""
+
+    epoch: int
+    row: int
+
+
+@dataclass(frozen=True)
+class RowList:
+    """Rows of an epoch in compact form: row i holds `samples[starts[i] : starts[i + 1]]`; 8 to 16 bytes a sample."""
+
+    samples: IntArray
+    starts: IntArray  # [rows + 1]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> tuple[int, ...]:
+        return tuple(self.samples[self.starts[row] : self.starts[row + 1]].tolist())
+
+
+def permutation(count: int, *, seed: int, epoch: int, purpose: int) -> IntArray:
+    """[count] int64, the numbers 0..count-1 in an order given by (seed, epoch, purpose).
+
+    Sorts raw PCG64 output instead of calling Generator.permutation: NumPy promises that the raw stream never changes
+    between versions, and promises nothing about Generator's methods (NEP 19).
+    """
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def pack(order: Sequence[int] | IntArray, lengths: npt.NDArray[np.integer], capacity: int) -> list[tuple[int, ...]]:
+    """Rows of whole samples, best fit: each sample, in `order`, goes to the fullest row that still has room for it.
+
+    Args:
+        order: sample numbers, in the order in which they are placed.
+        lengths: [num_samples] tokens of each sample.
+        capacity: tokens of a row.
+    Returns:
+        The rows in order of their first sample. Ties go to the row that reached that fill last.
+    Raises:
+        ValueError: a sample is longer than a row.
+
+    Cost: about 1 us a sample. `open_rows` is a bit set of the free space for which a row exists, so that finding the
+    fullest fitting row is one shift of a `capacity`-bit number.
+    """
+    rows: list[list[int]] = []
+    by_free: dict[int, list[int]] = {}
+    open_rows = 0
+    order = np.asarray(order, dtype=np.int64)
+    for sample, length in zip(order.tolist(), np.asarray(lengths)[order].tolist(), strict=True):
+        if length > capacity:
+            raise ValueError(f"sample {sample} has {length} tokens, a packed row holds {capacity}")
+        fitting = open_rows >> length
+        if fitting:
+            free = length + (fitting & -fitting).bit_length() - 1
+            row = by_free[free].pop()
+            if not by_free[free]:
+                open_rows ^= 1 << free
+            rows[row].append(sample)
+        else:
+            free, row = capacity, len(rows)
+            rows.append([sample])
+        free -= length
+        if free:
+            by_free.setdefault(free, []).append(row)
+            open_rows |= 1 << free
+    return [tuple(row) for row in rows]
+
+
+def epoch_rows(lengths: npt.NDArray[np.integer], *, seed: int, epoch: int, capacity: int | None) -> RowList:
+    """The rows of one epoch in training order; every sample occurs exactly once.
+
+    `capacity` is the tokens of a packed row, None for one sample a row. Packed rows are shuffled once more, as
+    otherwise the badly filled ones would all come last.
+    """
+    order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_PURPOSE_SAMPLES)
+    if capacity is None:
+        return RowList(order, np.arange(len(order) + 1))
+    rows = pack(order, lengths, capacity)
+    shuffled = [rows[i] for i in permutation(len(rows), seed=seed, epoch=epoch, purpose=_PURPOSE_ROWS).tolist()]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in shuffled])])
+    return RowList(np.array([sample for row in shuffled for sample in row], dtype=np.int64), starts)
+
+
+def total_rows(num_rows: Callable[[int], int], num_train_epochs: float) -> int:
+    """Rows in `num_train_epochs` epochs, `num_rows(epoch)` in each; fractions are exact decimals (0.1 is a tenth)."""
+    epochs = Fraction(repr(num_train_epochs))
+    if epochs <= 0:
+        raise ValueError(f"num_train_epochs={num_train_epochs} must be above 0")
+    whole = floor(epochs)
+    rows = sum(num_rows(epoch) for epoch in range(whole))
+    return rows + (ceil((epochs - whole) * num_rows(whole)) if epochs > whole else 0)
+
+
+def total_steps(
+    num_rows: Callable[[int], int],
+    *,
+    global_batch_size: int,
+    num_train_epochs: float | None = None,
+    max_steps: int | None = None,
+) -> int:
+    """Steps of the run: `max_steps`, or ceil(rows of all epochs / global_batch_size).
+
+    Raises:
+        ValueError: neither is given, or the one that counts is not above 0.
+    """
+    if max_steps is not None:
+        if max_steps <= 0:
+            raise ValueError(f"max_steps={max_steps} must be above 0; leave it out to use num_train_epochs")
+        return max_steps
+    if num_train_epochs is None:
+        raise ValueError("max_steps and num_train_epochs are both unset; set one of them")
+    return -(-total_rows(num_rows, num_train_epochs) // global_batch_size)
+
+
+class TrainOrder:
+    """The run's steps, each found without walking the ones before it.
+
+    Args:
+        lengths: [num_samples] tokens of each sample, at least one sample.
+        capacity: tokens of a packed row; None: one sample a row.
+        global_batch_size, grain_size: rows of a step and of a grain.
+    Raises:
+        ValueError: grain_size does not divide global_batch_size, no sample, or no length of the run.
+    Attributes:
+        num_steps: T.
+        num_grains: G, grains of a full step.
+
+    Without packing all epochs have the same number of rows. With packing the number depends on the epoch's shuffle:
+    it is counted once an epoch, from epoch 0 on, and kept (about 1 us a sample and epoch).
+    """
+
+    num_steps: int
+    num_grains: int
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.integer],
+        *,
+        seed: int,
+        capacity: int | None,
+        global_batch_size: int,
+        grain_size: int,
+        num_train_epochs: float | None = None,
+        max_steps: int | None = None,
+    ) -> None:
+        if grain_size <= 0 or global_batch_size <= 0 or global_batch_size % grain_size:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} is not a whole multiple of per_device_train_batch_size="
+                f"{grain_size}; change one of them"
+            )
+        if len(lengths) == 0:
+            raise ValueError("the training data have no sample; nothing to train on")
+        self._lengths = lengths
+        self._seed = seed
+        self._capacity = capacity
+        self._global_batch_size = global_batch_size
+        self._grain_size = grain_size
+        self._epochs: OrderedDict[int, RowList] = OrderedDict()
+        self._ends: list[int] = []  # rows up to and with each epoch counted so far
+        self.num_grains = global_batch_size // grain_size
+        self.num_steps = total_steps(
+            self.num_rows, global_batch_size=global_batch_size, num_train_epochs=num_train_epochs, max_steps=max_steps
+        )
+        self._total_rows = self.num_steps * global_batch_size
+        if max_steps is None and num_train_epochs is not None:
+            self._total_rows = total_rows(self.num_rows, num_train_epochs)
+
+    def num_rows(self, epoch: int) -> int:
+        """Rows of `epoch`."""
+        while len(self._ends) <= epoch:
+            count = len(self._lengths) if self._capacity is None else len(self._rows(len(self._ends)))
+            self._ends.append(count + (self._ends[-1] if self._ends else 0))
+        return self._ends[epoch] - (self._ends[epoch - 1] if epoch else 0)
+
+    def cursor(self, step: int) -> Cursor:
+        """Epoch and row at which `step` begins; for `step == num_steps` the place after the last row."""
+        if not 0 <= step <= self.num_steps:
+            raise ValueError(f"step {step} is outside the run of {self.num_steps} steps")
+        return self._locate(min(step * self._global_batch_size, self._total_rows))
+
+    def rows_of_step(self, step: int) -> list[RowRef]:
+        """The rows of `step` (from 0): global_batch_size of them, fewer only in the run's last step.
+
+        Raises:
+            ValueError: the run has no such step.
+        """
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"step {step} is outside the run of {self.num_steps} steps")
+        first = step * self._global_batch_size
+        place = self._locate(first)
+        epoch, row = place.epoch, place.row
+        rows: list[RowRef] = []
+        for _ in range(first, min(first + self._global_batch_size, self._total_rows)):
+            if row == self.num_rows(epoch):
+                epoch, row = epoch + 1, 0
+            rows.append(RowRef(epoch, row, self._rows(epoch)[row]))
+            row += 1
+        return rows
+
+    def grains(self, step: int) -> list[Grain]:
+        """The rows of `step` cut into grains; only the run's last grain may be smaller, its last step have fewer."""
+        return cut_grains(self.rows_of_step(step), self._grain_size)
+
+    def _locate(self, position: int) -> Cursor:
+        while not self._ends or self._ends[-1] <= position:
+            self.num_rows(len(self._ends))
+        epoch = bisect.bisect_right(self._ends, position)
+        return Cursor(epoch, position - (self._ends[epoch - 1] if epoch else 0))
+
+    def _rows(self, epoch: int) -> RowList:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = epoch_rows(self._lengths, seed=self._seed, epoch=epoch, capacity=self._capacity)
+            while len(self._epochs) > _EPOCHS_KEPT:
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(epoch)
+        return self._epochs[epoch]
+
+
+def cut_grains(rows: Sequence[RowRef], grain_size: int) -> list[Grain]:
+    """Consecutive `grain_size` rows each; the last grain may be smaller."""
+    starts = range(0, len(rows), grain_size)
+    return [Grain(index, tuple(rows[start : start + grain_size])) for index, start in enumerate(starts)]

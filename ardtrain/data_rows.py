@@ -1,0 +1,448 @@
+"""From files to token ids: sources, formats, templates, truncation.  One sample after the other, in file order.
+
+A *sample* is one tokenised document, or a piece of one, with the line it came from.  data.py keeps samples on disk and
+makes batches of them; data_order.py says which samples make up which step.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os
+import re
+import string
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+_ROWS_A_BATCH = 512  # rows tokenised at once
+_FIX_OR_SKIP = "correct the row, or leave such rows out with data.on_bad_row: skip"
+
+
+class DataError(ValueError):
+    """The data are at fault: `FILE:LINE: reason; remedy`.  `line` counts from 1, None when the whole file is meant."""
+
+    def __init__(self, file: str, line: int | None, reason: str, remedy: str) -> None:
+        super().__init__(f"{file}{'' if line is None else f':{line}'}: {reason}; {remedy}")
+        self.file, self.line, self.reason, self.remedy = file, line, reason, remedy
+
+
+class _BadRow(Exception):
+    """Reason why a row gives no sample; becomes a DataError or a count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What decides the samples and their order; the `data` block of the config.  Defaults stand in the config's model.
+
+    train_files: JSONL (.jsonl, .jsonl.gz: a document a row) or text (.txt, .txt.gz: a document a file).
+    format: `auto` looks at the first row: a chat has `messages_field`, a completion `prompt_field` and
+        `completion_field` (or templates are set), a text `text_field`.
+    prompt_template, completion_template: `str.format` text over the row's fields, in place of the two fields.
+    chat_template: Jinja text in place of the tokenizer's.
+    max_length: tokens of a sample and of a packed row, bos and eos counted.
+    truncation: what happens to a sample longer than max_length.  Packed text is cut into pieces instead.
+    """
+
+    train_files: tuple[str, ...]
+    format: Literal["auto", "completion", "chat", "text"]
+    prompt_field: str
+    completion_field: str
+    messages_field: str
+    text_field: str
+    prompt_template: str | None
+    completion_template: str | None
+    chat_template: str | None
+    max_length: int
+    packing: bool
+    truncation: Literal["error", "drop", "right"]
+    on_bad_row: Literal["error", "skip"]
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("format", ("auto", "completion", "chat", "text")),
+            ("truncation", ("error", "drop", "right")),
+            ("on_bad_row", ("error", "skip")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"data.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        if not self.train_files or isinstance(self.train_files, str):
+            raise ValueError(f"data.train_files={self.train_files!r} must list at least one file")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} leaves no token to predict; use 2 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more")
+        for name in ("prompt_template", "completion_template"):
+            template = getattr(self, name)
+            if template is not None and any(re.match(r"\d*(\W|$)", f) for f in _template_fields(template, name)):
+                raise ValueError(
+                    f"data.{name}={template!r} has an unnamed field; write the name of a row's field: {{name}}"
+                )
+
+
+# ---- reading ----
+
+
+def check_file(path: str) -> None:
+    """ValueError unless `path` is one existing file of a kind that is read here."""
+    if not os.path.exists(path):
+        if glob.has_magic(path):
+            raise ValueError(
+                f"data.train_files entry {path!r} is a pattern; list the files, their order is part of the run"
+            )
+        raise ValueError(f"data.train_files entry {path!r} does not exist; correct the path")
+    if os.path.isdir(path):
+        raise ValueError(f"data.train_files entry {path!r} is a folder; list its files, their order is part of the run")
+    if not path.endswith(SUFFIXES):
+        raise ValueError(f"data.train_files entry {path!r} is none of {', '.join(SUFFIXES)}; convert it to JSONL")
+
+
+def _is_text_file(path: str) -> bool:
+    return path.endswith((".txt", ".txt.gz"))
+
+
+def _read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(line from 1, bytes) of each line that is not blank; a text file is one line, its number 1.
+
+    Lines end at a newline byte alone: JSON strings may hold the other characters at which str.splitlines cuts.
+    """
+    opener: Callable[..., Any] = gzip.open if path.endswith(".gz") else open
+    line = 0
+    try:
+        with opener(path, "rb") as file:
+            if _is_text_file(path):
+                yield 1, file.read().removeprefix(b"\xef\xbb\xbf")
+                return
+            for line, content in enumerate(file, start=1):
+                content = content.removeprefix(b"\xef\xbb\xbf") if line == 1 else content
+                if content.strip():
+                    yield line, content
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(path, line + 1, f"the gzip file is damaged ({error})", "replace the file") from error
+
+
+def _parse(path: str, content: bytes) -> dict[str, Any] | str:
+    """A JSONL row as its object; a text file's content as its text."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _BadRow(f"not valid UTF-8 at byte {error.start + 1}") from error
+    if _is_text_file(path):
+        return text
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _BadRow(f"not valid JSON at column {error.pos + 1} ({error.msg})") from error
+    except RecursionError as error:
+        raise _BadRow("not valid JSON (nested too deeply)") from error
+    if not isinstance(row, dict):
+        raise _BadRow(f"the row is {_kind(row)}, not an object with fields")
+    if b"\\ud" in content.lower():  # the one way by which JSON can hold what no tokenizer takes
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise _BadRow("half of a surrogate pair (\\ud800 to \\udfff) is no character") from error
+    return row
+
+
+def _detect_format(settings: DataSettings) -> str:
+    """Format of the first row that parses; the bad rows before it are reported when their turn comes."""
+    path = settings.train_files[0]
+    if _is_text_file(path):
+        return "text"
+    for line, content in _read_lines(path):
+        try:
+            row = _parse(path, content)
+        except _BadRow as reason:
+            if settings.on_bad_row == "error":
+                raise DataError(path, line, str(reason), _FIX_OR_SKIP) from reason
+            continue
+        found = []
+        if settings.messages_field in row:
+            found.append("chat")
+        templates = settings.prompt_template is not None or settings.completion_template is not None
+        if templates or (settings.prompt_field in row and settings.completion_field in row):
+            found.append("completion")
+        if settings.text_field in row and not found:  # beside a prompt or a chat it is no more than a further field
+            found.append("text")
+        if len(found) == 1:
+            return found[0]
+        raise DataError(
+            path,
+            line,
+            f"data.format=auto cannot tell the format: the row's fields {', '.join(row) or '(none)'} fit "
+            + (
+                " and ".join(found)
+                or f"neither a chat ({settings.messages_field}), a completion ({settings.prompt_field}, "
+                f"{settings.completion_field}) nor a text ({settings.text_field})"
+            ),
+            "set data.format, and the field names or templates that go with it",
+        )
+    raise DataError(path, None, "no row to detect the format from", "set data.format or drop the empty file")
+
+
+# ---- one row -> token ids and loss mask ----
+
+
+def _template_fields(template: str, name: str) -> list[str]:
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise ValueError(f"data.{name}={template!r} is no format text ({error}); write {{{{ for a brace") from error
+
+
+def _text_of(row: dict[str, Any], field: str, template: str | None) -> str:
+    """The field, or the template filled from the row."""
+    if template is not None:
+        for path in _template_fields(template, "template"):
+            try:
+                value, _ = string.Formatter().get_field(path, (), row)
+            except (LookupError, AttributeError, TypeError, ValueError) as error:
+                raise _BadRow(f"field {path!r} of the template is missing") from error
+            if not isinstance(value, str | int | float):
+                raise _BadRow(f"field {path!r} is {_kind(value)}, not text")
+        try:
+            return template.format(**row)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            raise _BadRow(f"the template {template!r} cannot be filled ({error})") from error
+    if field not in row:
+        raise _BadRow(f"field {field!r} is missing")
+    if not isinstance(row[field], str):
+        raise _BadRow(f"field {field!r} is {_kind(row[field])}, not text")
+    return str(row[field])
+
+
+def _kind(value: object) -> str:
+    return {type(None): "null", dict: "an object", list: "a list"}.get(type(value), f"a {type(value).__name__}")
+
+
+class _Encoder:
+    """Rows of one format -> (token ids, loss mask), with exactly one bos in front when the tokenizer has a bos."""
+
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, format_: str) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.format = format_
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
+        if format_ == "completion" and self.eos is None:
+            raise ValueError("the tokenizer has no eos token, so completions would never end; set tokenizer.eos_token")
+        self.chat_template = _chat_template(settings, tokenizer) if format_ == "chat" else ""
+
+    def segments(self, row: dict[str, Any] | str) -> list[tuple[str, bool]]:
+        """(text, has loss) pieces of a completion or text row, tokenised apart: no token crosses a border."""
+        s = self.settings
+        if self.format == "text":
+            text = row if isinstance(row, str) else _text_of(row, s.text_field, None)
+            if not text.strip():
+                raise _BadRow("the text is empty")
+            return [(text, True)]
+        assert isinstance(row, dict)
+        prompt = _text_of(row, s.prompt_field, s.prompt_template)
+        completion = _text_of(row, s.completion_field, s.completion_template)
+        if not completion.strip():
+            raise _BadRow("the completion is empty: no target token")
+        return [(prompt, False), (completion, True)]
+
+    def encode_segments(self, rows: Sequence[list[tuple[str, bool]]]) -> list[tuple[list[int], list[bool]]]:
+        """Token ids and loss masks of many rows with one call of the tokenizer; the eos is a target."""
+        texts = [text for row in rows for text, _ in row]
+        encoded = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+        result = []
+        for row in rows:
+            ids: list[int] = []
+            mask: list[bool] = []
+            for _, has_loss in row:
+                piece = next(encoded)
+                ids += piece
+                mask += [has_loss] * len(piece)
+            ids, mask = self._one_bos(ids, mask)
+            if self.eos is not None and ids[-1:] != [self.eos]:
+                ids, mask = [*ids, self.eos], [*mask, True]
+            result.append((ids, mask))
+        return result
+
+    def encode_chat(self, row: dict[str, Any] | str, where: str) -> tuple[list[int], list[bool]]:
+        """Token ids of a rendered chat, loss on the assistant's turns.
+
+        The template writes the ends of turns; no eos is added.
+        A token is a target when any of its characters is the assistant's, as in transformers' assistant_masks.
+        """
+        assert isinstance(row, dict)
+        messages = _messages(row, self.settings.messages_field)
+        try:
+            if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
+                encoded = self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.chat_template,
+                    tokenize=True,
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
+                    tokenizer_kwargs={"verbose": False},
+                )
+                ids, mask = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
+            else:
+                text, spans = self._assistant_spans(messages, where)
+                encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+                ids = list(encoded["input_ids"])
+                mask = [any(s < end and e > start for start, end in spans) for s, e in encoded["offset_mapping"]]
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"chat_template is no Jinja template: {error}; correct it") from error
+        except jinja2.TemplateError as error:
+            raise _BadRow(f"the chat template refuses the messages: {error}") from error
+        return self._one_bos(ids, mask)
+
+    def _assistant_spans(self, messages: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered chat and the character ranges that the assistant wrote, found by rendering prefixes."""
+
+        def render(count: int, prompt: bool) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages[:count], chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt
+                )
+            )
+
+        text = render(len(messages), False)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, through = render(i, True), render(i + 1, False)
+            if not (text.startswith(through) and through.startswith(before)):
+                raise ValueError(
+                    f"{where}: chat_template: the chat up to message {i + 1}, rendered alone, is not how the "
+                    "whole chat begins, so the assistant's part cannot be found; mark it with {% generation %} ... "
+                    "{% endgeneration %} in the template"
+                )
+            spans.append((len(before), len(through)))
+        return text, spans
+
+    def _one_bos(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+        if self.bos is None:
+            return ids, mask
+        skip = next((i for i, token in enumerate(ids) if token != self.bos), len(ids))
+        return [self.bos, *ids[skip:]], [False, *mask[skip:]]
+
+
+def _chat_template(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, which chat needs; use a fast tokenizer"
+        )
+    if settings.chat_template is None and tokenizer.chat_template is None:
+        raise ValueError("data.format=chat, but the tokenizer has no chat template; set chat_template")
+    return str(tokenizer.get_chat_template(settings.chat_template))
+
+
+def _messages(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
+    if field not in row:
+        raise _BadRow(f"field {field!r} is missing")
+    messages = row[field]
+    if not isinstance(messages, list) or not messages:
+        raise _BadRow(
+            f"field {field!r} is {_kind(messages)}, not a list with messages" if messages else f"{field!r} is empty"
+        )
+    for i, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise _BadRow(f"message {i} of {field!r} has no text in 'role' and 'content'")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise _BadRow(f"message {i} of {field!r} is an empty answer: no target token")
+    if all(message["role"] != "assistant" for message in messages):
+        raise _BadRow(f"{field!r} has no assistant turn: no target token")
+    return messages
+
+
+# ---- all rows -> samples ----
+
+
+class Sample(NamedTuple):
+    """Token ids and loss mask [length]; number of the file, line from 1, piece from 0 of a text that was cut."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+    file: int
+    line: int
+    piece: int
+
+
+class Tokenising:
+    """Walks the files in order and yields samples; counts what it leaves out."""
+
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.settings = settings
+        self.format = _detect_format(settings) if settings.format == "auto" else settings.format
+        for path in settings.train_files:
+            if _is_text_file(path) and self.format != "text":
+                raise ValueError(
+                    f"data.format={self.format}, but {path!r} is plain text; use JSONL or data.format: text"
+                )
+        self.encoder = _Encoder(settings, tokenizer, self.format)
+        self.counts = {"rows": 0, "bad": 0, "too_long": 0, "truncated": 0, "samples": 0}
+
+    def batches(self) -> Iterator[list[Sample]]:
+        for file, path in enumerate(self.settings.train_files):
+            lines = _read_lines(path)
+            while batch := list(islice(lines, _ROWS_A_BATCH)):
+                samples = [s for line, ids, mask in self._encode(path, batch) for s in self._fit(file, line, ids, mask)]
+                self.counts["samples"] += len(samples)
+                yield samples
+
+    def _encode(self, path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, list[int], list[bool]]]:
+        """(line, ids, mask) of every good row of `lines`."""
+        good: list[tuple[int, Any]] = []
+        for line, content in lines:
+            self.counts["rows"] += 1
+            try:
+                row = _parse(path, content)
+                chat = self.format == "chat"
+                good.append(
+                    (line, self.encoder.encode_chat(row, f"{path}:{line}") if chat else self.encoder.segments(row))
+                )
+            except _BadRow as reason:
+                self._bad(path, line, str(reason), reason)
+        encoded = [row for _, row in good]
+        if self.format != "chat":
+            encoded = self.encoder.encode_segments(encoded)
+        for (line, _), (ids, mask) in zip(good, encoded, strict=True):
+            if any(mask[1:]):
+                yield line, ids, mask
+            else:
+                self._bad(path, line, "no target token", None)
+
+    def _bad(self, path: str, line: int, reason: str, cause: Exception | None) -> None:
+        if self.settings.on_bad_row == "error":
+            raise DataError(path, line, reason, _FIX_OR_SKIP) from cause
+        self.counts["bad"] += 1
+
+    def _fit(self, file: int, line: int, ids: list[int], mask: list[bool]) -> list[Sample]:
+        """The row as samples of at most max_length tokens, as truncation and packing say."""
+        limit = self.settings.max_length
+        if len(ids) <= limit:
+            return [Sample(ids, mask, file, line, 0)]
+        if self.format == "text" and self.settings.packing:
+            starts = range(0, len(ids), limit)
+            cuts = [*starts, len(ids)]
+            if cuts[-1] - cuts[-2] == 1 and limit > 2:
+                cuts[-2] -= 1  # a piece of one token would have no target
+            spans = [(a, b) for a, b in pairwise(cuts) if b - a > 1]
+            return [Sample(ids[a:b], mask[a:b], file, line, piece) for piece, (a, b) in enumerate(spans)]
+        if self.settings.truncation == "error":
+            raise DataError(
+                self.settings.train_files[file],
+                line,
+                f"the row has {len(ids)} tokens, max_length={limit}",
+                "raise max_length, or set truncation to drop or right",
+            )
+        if self.settings.truncation == "right" and any(mask[1:limit]):
+            self.counts["truncated"] += 1
+            return [Sample(ids[:limit], mask[:limit], file, line, 0)]
+        self.counts["too_long"] += 1  # with `right`: the prompt alone fills max_length
+        return []
