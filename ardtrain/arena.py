@@ -1,0 +1,284 @@
+"""The arena: every trained number in one flat float32 tensor, and how one arena becomes the next.
+
+`ArenaLayout` is derived from a rank table and the method's parts, never stored. By matrix in base order it holds the
+rows of `lora_A` of all its sites (heads in order), then all rows of `lora_B`, then the diagonals, so that all heads of
+a matrix are one GEMM. A component owns one row in each block. Blocks start at multiples of 128 bytes; the gaps are
+zero, never trained, in no count and no norm.
+
+Pure tensor code: no process group, no engine. Letters: N numbers in the arena, R components, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ardtrain.ranks import RankTable, Site, named_seed
+
+ALIGNMENT = 32  # float32 numbers: 128 bytes, so that kernels see the same alignment whatever the ranks are
+
+Parts = Callable[[Site], Mapping[str, int]]
+"""A method's `entries`: part name -> numbers in one component's row, e.g. {"lora_A": I, "lora_B": O, "diagonal": 1}."""
+
+Newborn = Callable[[Site, Mapping[str, Tensor], int, torch.Generator], Mapping[str, Tensor]]
+"""A method's `init`: (site, the site's survivors by part [r, columns], count, generator) -> rows of the newborn."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of one part of one matrix: arena[offset : offset + rows * columns] seen as [rows, columns].
+
+    first: position of its first row's component in the table's list of all components.
+    """
+
+    module: str
+    part: str
+    offset: int
+    rows: int
+    columns: int
+    first: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.rows * self.columns
+
+    def of(self, flat: Tensor) -> Tensor:
+        """[rows, columns] view of this block in a flat tensor laid out like the arena."""
+        return flat[self.offset : self.stop].view(self.rows, self.columns)
+
+
+class ArenaLayout:
+    """Which slice of the arena is which rows of which matrix."""
+
+    def __init__(self, table: RankTable, parts: Parts) -> None:
+        self.table = table
+        self.parts = parts
+        blocks: list[Block] = []
+        offset = 0
+        for module, group in groupby(range(len(table.sites)), key=lambda i: table.sites[i].module):
+            indices = list(group)
+            rows = sum(table.ranks[i] for i in indices)
+            if rows == 0:
+                continue
+            shapes = [dict(parts(table.sites[i])) for i in indices]
+            assert all(s == shapes[0] for s in shapes), f"{module}: sites of one matrix differ in shape"
+            for part, columns in shapes[0].items():
+                blocks.append(Block(module, part, offset, rows, columns, table.offsets[indices[0]]))
+                offset = _aligned(blocks[-1].stop)
+        self.blocks = tuple(blocks)
+        # An empty parameter crashes DeepSpeed: with all ranks 0 one untrained gap stays.
+        self.size = max(offset, ALIGNMENT)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Trained numbers, gaps not counted."""
+        return sum(b.rows * b.columns for b in self.blocks)
+
+    def views(self, leaf: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Module -> part -> [rows, columns] view of the leaf; one split, so backward makes one flat gradient.
+
+        Args:
+            leaf: [N] float32 that requires grad.
+        """
+        sizes: list[int] = []
+        end = 0
+        for block in self.blocks:
+            sizes += [block.offset - end, block.stop - block.offset]
+            end = block.stop
+        sizes.append(self.size - end)
+        pieces = torch.split(leaf, sizes)
+        out: dict[str, dict[str, Tensor]] = {}
+        for block, piece in zip(self.blocks, pieces[1::2], strict=True):
+            out.setdefault(block.module, {})[block.part] = piece.view(block.rows, block.columns)
+        return out
+
+    def site_rows(self, flat: Tensor, index: int) -> dict[str, Tensor]:
+        """Part -> [r, columns] rows of one site in a flat tensor."""
+        start, stop = self.table.offsets[index], self.table.offsets[index + 1]
+        if start == stop:
+            return {p: flat.new_zeros(0, c) for p, c in self.parts(self.table.sites[index]).items()}
+        return {b.part: b.of(flat)[start - b.first : stop - b.first] for b in self._by_site[index]}
+
+    @cached_property
+    def _by_site(self) -> dict[int, list[Block]]:
+        by_module: dict[str, list[Block]] = {}
+        for block in self.blocks:
+            by_module.setdefault(block.module, []).append(block)
+        return {i: by_module.get(s.module, []) for i, s in enumerate(self.table.sites)}
+
+
+def sources(old: RankTable, new: RankTable) -> Tensor:
+    """[R_new] int64: which component of `old` each component of `new` is, -1 for the newborn. Identity: (site, birth)."""
+    assert old.sites == new.sites
+    out: list[int] = []
+    for index, births in enumerate(new.births):
+        position = {birth: old.offsets[index] + i for i, birth in enumerate(old.births[index])}
+        out += [position.get(birth, -1) for birth in births]
+    return torch.tensor(out, dtype=torch.int64)
+
+
+def repack(flat: Tensor, old: ArenaLayout, new: ArenaLayout) -> Tensor:
+    """[N_new]: the survivors' rows of `flat` [N_old] to the bit, newborn rows and gaps zero. Any dtype."""
+    out = torch.zeros(new.size, dtype=flat.dtype, device=flat.device)
+    source = sources(old.table, new.table)
+    before = {(b.module, b.part): b for b in old.blocks}
+    for block in new.blocks:
+        earlier = before.get((block.module, block.part))
+        if earlier is None:  # the matrix had rank 0: all rows are newborn
+            continue
+        rows = source[block.first : block.first + block.rows] - earlier.first
+        alive = source[block.first : block.first + block.rows] >= 0
+        if block.rows == earlier.rows and torch.equal(rows, torch.arange(block.rows)):
+            out[block.offset : block.stop] = flat[earlier.offset : earlier.stop]
+        else:
+            device = flat.device
+            block.of(out)[alive.to(device)] = earlier.of(flat)[rows[alive].to(device)]
+    return out
+
+
+def repack_components(values: Tensor, old: RankTable, new: RankTable) -> Tensor:
+    """[R_new, ...] from [R_old, ...]: survivors' values, newborn 0."""
+    source = sources(old, new).to(values.device)
+    out = torch.zeros((new.total, *values.shape[1:]), dtype=values.dtype, device=values.device)
+    out[source >= 0] = values[source[source >= 0]]
+    return out
+
+
+def fill_newborn(
+    flat: Tensor, layout: ArenaLayout, born: Tensor, newborn: Newborn, *, seed: int, step: int
+) -> None:
+    """Writes the newborn components' first weights into `flat` [N], in place.
+
+    born: [R] bool, which components of the layout's table have no predecessor. Survivors of each site are handed to
+    `newborn` so that new vectors can be orthogonal to them. One CPU generator for each site, named (seed, step, site),
+    so the bits depend on no other site, process or device. Newborn rows stand behind the survivors of their site.
+    """
+    for index, site in enumerate(layout.table.sites):
+        mask = born[layout.table.offsets[index] : layout.table.offsets[index + 1]]
+        count = int(mask.sum())
+        if count == 0:
+            continue
+        rows = layout.site_rows(flat, index)
+        survivors = len(mask) - count
+        assert not bool(mask[:survivors].any()), f"{site.name}: a newborn stands before a survivor"
+        generator = torch.Generator().manual_seed(named_seed(seed, step, site.name))
+        existing = {part: r[:survivors].cpu() for part, r in rows.items()}
+        for part, values in newborn(site, existing, count, generator).items():
+            rows[part][survivors:] = values.to(flat.device, flat.dtype)
+
+
+def fill_newborn_second_moment(flat: Tensor, layout: ArenaLayout, born: Tensor) -> None:
+    """Gives newborn rows the element-wise mean of their site's survivors' second moment, in place.
+
+    Where no survivor is left: the mean over all surviving rows of that part and width, then (none at all) zero.
+    With zeros, Adam's shared step counter would make a newborn's first step 3.16 x lr, in the direction of noise.
+    Source: methods.md 5 (ours). float64 means, survivors in table order.
+    """
+    pools: dict[tuple[str, int], Tensor] = {}
+    for index in range(len(layout.table.sites)):
+        mask = born[layout.table.offsets[index] : layout.table.offsets[index + 1]]
+        count = int(mask.sum())
+        if count == 0:
+            continue
+        survivors = len(mask) - count
+        for part, rows in layout.site_rows(flat, index).items():
+            if survivors:
+                mean = rows[:survivors].double().mean(dim=0)
+            else:
+                key = (part, rows.shape[1])
+                if key not in pools:
+                    pools[key] = _pooled_mean(flat, layout, born, *key)
+                mean = pools[key]
+            rows[survivors:] = mean.to(flat.dtype)
+
+
+def _pooled_mean(flat: Tensor, layout: ArenaLayout, born: Tensor, part: str, columns: int) -> Tensor:
+    total, count = torch.zeros(columns, dtype=torch.float64, device=flat.device), 0
+    for block in layout.blocks:
+        if block.part == part and block.columns == columns:
+            alive = ~born[block.first : block.first + block.rows]
+            total += block.of(flat)[alive.to(flat.device)].double().sum(dim=0)
+            count += int(alive.sum())
+    return total / max(1, count)
+
+
+@dataclass(frozen=True)
+class ShardBlock:
+    """Rows of one block in a shard's compact buffer: local[offset : offset + rows * columns]."""
+
+    part: str
+    first: int  # component of the first row, as in the whole table
+    rows: int
+    columns: int
+    offset: int
+
+
+class Shard:
+    """The components whose per-entry statistics one process keeps: a contiguous range of the table's components.
+
+    Whole components, so that each one's numbers are computed by one process in one order and bits do not depend on the
+    number of processes (deepspeed.md 4). Dealt by the count of numbers.
+    """
+
+    def __init__(self, layout: ArenaLayout, index: int, count: int) -> None:
+        self.layout = layout
+        self.start, self.stop = _deal(layout, index, count)
+        self.slices: list[tuple[int, int]] = []
+        blocks: list[ShardBlock] = []
+        local = 0
+        for block in layout.blocks:
+            low, high = max(self.start, block.first), min(self.stop, block.first + block.rows)
+            if low >= high:
+                continue
+            begin = block.offset + (low - block.first) * block.columns
+            end = block.offset + (high - block.first) * block.columns
+            if self.slices and begin - self.slices[-1][1] < ALIGNMENT:  # only a gap between: one longer slice
+                local += begin - self.slices[-1][1]
+                self.slices[-1] = (self.slices[-1][0], end)
+            else:
+                self.slices.append((begin, end))
+            blocks.append(ShardBlock(block.part, low, high - low, block.columns, local))
+            local += end - begin
+        self.blocks = tuple(blocks)
+        self.size = local
+
+    def take(self, flat: Tensor) -> Tensor:
+        """[n] this process's part of a flat [N] tensor (a view where it is one slice)."""
+        if len(self.slices) == 1:
+            return flat[self.slices[0][0] : self.slices[0][1]]
+        return torch.cat([flat[a:b] for a, b in self.slices]) if self.slices else flat[:0]
+
+    def put(self, local: Tensor, flat: Tensor) -> None:
+        """Writes this process's part [n] into a flat [N] tensor, in place."""
+        begin = 0
+        for a, b in self.slices:
+            flat[a:b] = local[begin : begin + b - a]
+            begin += b - a
+
+    def rows(self, local: Tensor) -> Iterator[tuple[str, slice, Tensor]]:
+        """(part, the components as a slice of the whole table, [rows, columns] view) of each block of the shard."""
+        for b in self.blocks:
+            values = local[b.offset : b.offset + b.rows * b.columns].view(b.rows, b.columns)
+            yield b.part, slice(b.first, b.first + b.rows), values
+
+
+def _deal(layout: ArenaLayout, index: int, count: int) -> tuple[int, int]:
+    """First and last + 1 component of shard `index` of `count`; shares of about equal numbers."""
+    widths = torch.zeros(layout.table.total, dtype=torch.int64)
+    for block in layout.blocks:
+        widths[block.first : block.first + block.rows] += block.columns
+    ends = widths.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = torch.searchsorted(ends, torch.tensor([total * index // count, total * (index + 1) // count]), right=False)
+    start = 0 if index == 0 else int(cuts[0]) + 1
+    stop = layout.table.total if index == count - 1 else int(cuts[1]) + 1
+    return min(start, layout.table.total), min(max(stop, start), layout.table.total)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,157 @@
+"""What a method is to the loop: it looks at numbers and returns a plan. It never communicates.
+
+A method is tested on one process with numbers from a file. The loop owns gradients, reductions, resizing and the
+method's state tensors: it allocates them, repacks them at a resize (newborn: 0), deals per-entry ones over the
+processes by whole components, saves and loads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ardtrain.ranks import RankPlan, RankTable, Site
+
+StateKind = Literal["per_entry", "per_component", "per_site"]
+"""per_entry [n] float32, this process's shard of an arena-long array; per_component [R] float64; per_site [S] float64."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Read once before the run.
+
+    gates: the method wants dL/dgate of `gates(table)`; scores_every: the loop gathers `local_scores` at steps where
+    `scores_due(step)` holds, False for methods without scores; held_out: the method evaluates on held-out data.
+    """
+
+    gates: bool = False
+    scores: bool = False
+    held_out: bool = False
+
+
+class ShardView(Protocol):
+    """This process's components (arena.Shard): start and stop of their range, and how to cut a flat tensor."""
+
+    start: int
+    stop: int
+    size: int
+
+    def take(self, flat: Tensor) -> Tensor: ...
+
+    def rows(self, local: Tensor) -> Iterator[tuple[str, slice, Tensor]]: ...
+
+
+@dataclass
+class Binding:
+    """What the loop hands a method after each build (start, resize, resume).
+
+    age: [R] int64, optimizer steps since each component's birth, the same on every process; kept by the loop.
+    state: name -> tensor as declared by `state_tensors`, written in place by the method.
+    """
+
+    table: RankTable
+    shard: ShardView
+    age: Tensor
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Numbers of one step, alike on every process.
+
+    gradient: [N] float32 of the global mean loss; clipped if `score_at` is after_step (as published), else before
+    clipping. weights: [N] float32, after the optimizer step, or before it. gates: [R] dL/dgate, exact, or None.
+    """
+
+    gradient: Tensor
+    weights: Tensor
+    gates: Tensor | None = None
+
+
+class Method(Protocol):
+    """An allocator. Steps count from 0; `total_steps` is given to the constructor."""
+
+    needs: Needs
+
+    def entries(self, site: Site) -> Mapping[str, int]:
+        """Part -> numbers in one component's row, in the order of the arena."""
+        ...
+
+    def init(
+        self, site: Site, existing: Mapping[str, Tensor], count: int, generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        """First weights of `count` components [count, columns] by part; `existing` holds the site's survivors.
+
+        The contribution of the new components must be exactly zero.
+        """
+        ...
+
+    def state_tensors(self) -> Mapping[str, StateKind]:
+        """Names and kinds of the tensors the loop keeps for the method."""
+        ...
+
+    def bind(self, binding: Binding) -> None: ...
+
+    def gates(self, table: RankTable) -> Tensor | None:
+        """[R] float32 gates of this step's forward, or None."""
+        ...
+
+    def extra_loss(self, views: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
+        """A scalar added once a step, a function of the weights alone, alike on every process; None for none."""
+        ...
+
+    def observe(self, step: int, statistics: Statistics) -> None: ...
+
+    def after_step(self, step: int) -> None:
+        """Moves the method's own parameters (ARD's alphas)."""
+        ...
+
+    def due(self, step: int) -> bool:
+        """Is `plan` to be asked after this step?"""
+        ...
+
+    def local_scores(self, step: int) -> Tensor | None:
+        """[R] float64: scores of this shard's components, zero elsewhere; the loop adds them over the processes."""
+        ...
+
+    def plan(self, step: int, scores: Tensor | None) -> RankPlan | None:
+        """The decision after this step; pure in its numbers, the same on every process."""
+        ...
+
+
+class FixedRank:
+    """The protocol with nothing to decide; methods replace what they need (composition of defaults, no state)."""
+
+    needs = Needs()
+    binding: Binding
+
+    def state_tensors(self) -> Mapping[str, StateKind]:
+        return {}
+
+    def bind(self, binding: Binding) -> None:
+        self.binding = binding
+
+    def gates(self, table: RankTable) -> Tensor | None:
+        return None
+
+    def extra_loss(self, views: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
+        return None
+
+    def observe(self, step: int, statistics: Statistics) -> None:
+        return None
+
+    def after_step(self, step: int) -> None:
+        return None
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def local_scores(self, step: int) -> Tensor | None:
+        return None
+
+    def plan(self, step: int, scores: Tensor | None) -> RankPlan | None:
+        return None

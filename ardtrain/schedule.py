@@ -1,0 +1,59 @@
+"""Pure functions of the step: learning rate, budgets, phases. Steps are optimizer steps, counted from 0."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+LrSchedule = Literal["linear", "cosine", "constant"]
+
+
+def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int, kind: LrSchedule) -> float:
+    """Rate of optimizer step `step`; transformers' linear and cosine schedules, which users know.
+
+    Warm-up rises from 0 (step 0 of a run with warm-up learns nothing, as in transformers' `get_scheduler`).
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if kind == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return peak * max(0.0, 1.0 - progress)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
+
+
+def cubic_budget(step: int, *, amount: int, total_steps: int, init_warmup: int, final_warmup: int) -> int:
+    """ElaLoRA's b(t) = round(b * (1 - P^3)), P = clip((t - Wi) / (T - Wf - Wi), 0, 1), rounding half to even.
+
+    Source: ElaLoRA (arXiv 2504.00254), the authors' code; methods.md 2.3.
+    """
+    span = total_steps - final_warmup - init_warmup
+    if span <= 0:
+        raise ValueError(
+            f"elalora.init_warmup={init_warmup} + elalora.final_warmup={final_warmup} leave no step of {total_steps} "
+            "for reallocation; lower them"
+        )
+    progress = min(1.0, max(0.0, (step - init_warmup) / span))
+    return round(amount * (1.0 - progress**3))
+
+
+def reallocates(step: int, *, total_steps: int, init_warmup: int, final_warmup: int, interval: int) -> bool:
+    """ElaLoRA's event steps: t > Wi, (t - Wi) % D == 0, t < T - Wf (0-based t; methods.md 2.3)."""
+    return init_warmup < step < total_steps - final_warmup and (step - init_warmup) % interval == 0
+
+
+LOSS_SCALE_START = 2.0**16
+LOSS_SCALE_GROWTH_STEPS = 1000
+
+
+def next_loss_scale(scale: float, good_steps: int) -> tuple[float, int]:
+    """fp16's loss scale after a valid step: doubled after LOSS_SCALE_GROWTH_STEPS of them; 1 (no fp16) stays.
+
+    Powers of two only, so scaling changes no bit of a gradient that float16 can hold.
+    """
+    if scale <= 1.0:
+        return scale, 0
+    if good_steps + 1 < LOSS_SCALE_GROWTH_STEPS:
+        return scale, good_steps + 1
+    return min(scale * 2.0, 2.0**24), 0
