@@ -1,0 +1,257 @@
+"""The only importer of torch.distributed: exact sums, agreement, barriers and the store that carries an error's text.
+
+Exact sums (deepspeed.md 9): a grain's gradient becomes fixed point, `round(g * 2^e)` in int64, and integers add
+associatively, so neither the order of the grains nor their dealing over processes matters. Per-grain floats (loss,
+largest gradient) travel as the bits of a float64 in an int64 slot that every other process leaves zero. One int64
+all-reduce a step carries all of it.
+
+Letters: N gradient numbers, G grains of a step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+START_EXPONENT = 44
+HEADROOM_BITS = 8  # a step's gradients may be 2^8 times the last step's before it has to be repeated
+LIMIT_BITS = 62
+CHUNK = 1 << 24  # numbers converted to fixed point at a time: bounds the temporary at 128 MiB
+
+
+@dataclass
+class World:
+    """The processes of this run. `store` is separate from the process group, so it can be polled by a thread."""
+
+    global_rank: int
+    world_size: int
+    device: torch.device
+    store: Any = None
+
+    @classmethod
+    def join(cls, *, global_rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> World:
+        """All processes must call this, with MASTER_ADDR and MASTER_PORT set in the environment."""
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        store, _, _ = next(rendezvous("env://", global_rank, world_size, timeout=timeout))
+        backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("collectives", store),
+            rank=global_rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+        return cls(global_rank, world_size, device, dist.PrefixStore("ardtrain", store))
+
+    def watchdog_store(self) -> WatchdogStore | None:
+        """A connection of its own to the run's store (a wait on a shared one would block it); None if single."""
+        if self.world_size == 1:
+            return None
+        return WatchdogStore(
+            dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+            )
+        )
+
+    def leave(self) -> None:
+        """Ends the process group. All processes must call this."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.global_rank == 0
+
+    def barrier(self, name: str) -> None:
+        """All processes must call this. On gloo a missing process is named."""
+        if self.world_size == 1:
+            return
+        if self.device.type == "cpu":
+            try:
+                dist.monitored_barrier()
+            except RuntimeError as error:
+                raise RuntimeError(f"barrier '{name}': {error}") from error
+        else:
+            dist.barrier()
+
+    def add_integers(self, values: Tensor) -> None:
+        """Sums int64 values over the processes, in place. All processes must call this."""
+        assert values.dtype == torch.int64
+        if self.world_size > 1:
+            dist.all_reduce(values)
+
+    def merge(self, values: Tensor) -> Tensor:
+        """Adds tensors of which each element is non-zero on at most one process: exact. All must call this."""
+        if self.world_size > 1:
+            values = values.contiguous()
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, what: str, digest: str, *, step: int) -> None:
+        """Stops everywhere unless all processes hold the same digest. All processes must call this.
+
+        Raises:
+            RuntimeError: on every process, naming the processes that differ from process 0 and both digests.
+        """
+        if self.world_size == 1:
+            return
+        own = torch.tensor(list(digest.encode()), dtype=torch.uint8)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own)
+        digests = [bytes(g.tolist()).decode() for g in gathered]
+        odd = [i for i, d in enumerate(digests) if d != digests[0]]
+        if odd:
+            raise RuntimeError(
+                f"step {step}: processes {odd} hold another {what} than process 0 "
+                f"({digests[odd[0]][:16]} against {digests[0][:16]}). The sums are exact, so this is broken hardware, "
+                "mixed versions or a defect; nothing was changed by this step"
+            )
+
+    def broadcast_text(self, text: str) -> str:
+        """Process 0's text on every process. All processes must call this."""
+        if self.world_size == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+class WatchdogStore:
+    """What faults.Watchdog needs of a store: check, get, set of one key, none of which waits."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def check(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def get(self, key: str) -> bytes:
+        return bytes(self._store.get(key))
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(key, value)
+
+
+@dataclass(frozen=True)
+class StepSum:
+    """What one exact sum says, alike on every process.
+
+    gradient: [N] float64-exact sum rounded once to float32, not yet divided; losses, tokens: per grain, in grain order;
+    largest: max over grains of max|g|; valid: no overflow was possible; finite: every grain's loss and gradient were;
+    bad_grains: indices of those that were not; flag: sum of the flags that processes raised.
+    """
+
+    gradient: Tensor
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    largest: float
+    valid: bool
+    finite: bool
+    bad_grains: tuple[int, ...]
+    flag: int
+
+
+class ExactSum:
+    """Accumulator of one step. `exponent` e: gradients are kept in units of 2^-e."""
+
+    COLUMNS = 3  # of the header: loss bits, bits of max|g|, tokens
+
+    def __init__(self, numbers: int, num_grains: int, *, exponent: int, device: torch.device) -> None:
+        self.numbers, self.num_grains, self.exponent = numbers, num_grains, exponent
+        self._head = num_grains * self.COLUMNS + 1
+        self._buffer = torch.zeros(self._head + numbers, dtype=torch.int64, device=device)
+
+    def add(self, grain: int, *, loss: Tensor, gradient: Tensor, tokens: int) -> None:
+        """Adds one grain. No host synchronisation.
+
+        Args:
+            loss: scalar, the grain's sum of token losses. gradient: [N] float32 of that sum. tokens: target tokens.
+        """
+        flat = self._buffer[self._head :]
+        scale = 2.0**self.exponent
+        largest = torch.zeros((), dtype=torch.float64, device=gradient.device)
+        for start in range(0, self.numbers, CHUNK):
+            piece = gradient[start : start + CHUNK]
+            largest = torch.maximum(largest, piece.abs().max().double())  # NaN stays NaN
+            flat[start : start + CHUNK] += (piece * scale).round_().to(torch.int64)
+        slot = self._buffer[grain * self.COLUMNS : (grain + 1) * self.COLUMNS]
+        slot[0] = loss.detach().double().view(torch.int64)
+        slot[1] = largest.view(torch.int64)
+        slot[2] = tokens
+
+    def reduce(self, world: World, *, flag: int = 0) -> StepSum:
+        """All processes must call this. One all-reduce, one host synchronisation."""
+        self._buffer[self._head - 1] = flag
+        world.add_integers(self._buffer)
+        head = self._buffer[: self._head].cpu()
+        flags = int(head[-1])
+        table = head[:-1].view(self.num_grains, self.COLUMNS)
+        losses = table[:, 0].contiguous().view(torch.float64).tolist()
+        maxima = table[:, 1].contiguous().view(torch.float64).tolist()
+        bad = tuple(
+            i for i, (x, m) in enumerate(zip(losses, maxima, strict=True)) if not (math.isfinite(x) and math.isfinite(m))
+        )
+        largest = max(maxima, default=0.0) if not bad else math.inf
+        valid = bool(bad) or self.num_grains * largest * 2.0**self.exponent < 2.0**LIMIT_BITS
+        return StepSum(
+            gradient=self._to_float(),
+            losses=tuple(losses),
+            tokens=tuple(int(t) for t in table[:, 2].tolist()),
+            largest=largest,
+            valid=valid,
+            finite=not bad,
+            bad_grains=bad,
+            flag=flags,
+        )
+
+    def _to_float(self) -> Tensor:
+        flat = self._buffer[self._head :]
+        out = torch.empty(self.numbers, dtype=torch.float32, device=flat.device)
+        scale = 2.0**-self.exponent
+        for start in range(0, self.numbers, CHUNK):
+            out[start : start + CHUNK] = (flat[start : start + CHUNK].double() * scale).float()
+        return out
+
+
+def next_exponent(largest: float, num_grains: int, *, current: int) -> int:
+    """The exponent that fits gradients up to 2^HEADROOM_BITS times `largest`; `current` where nothing was learnt.
+
+    A function of per-grain numbers only, so every process computes the same one.
+    """
+    if largest == 0.0 or not math.isfinite(largest):
+        return current
+    bits = math.ceil(math.log2(largest * num_grains))
+    return max(-100, min(100, LIMIT_BITS - 1 - HEADROOM_BITS - bits))
+
+
+def deal(num_grains: int, world_size: int, global_rank: int) -> list[tuple[int, bool]]:
+    """(grain, counted) for each round of one process: grain p, p + W, ...; idle rounds repeat grain 0, not counted.
+
+    ZeRO-3 needs every process in every forward, so all have the same number of rounds.
+    """
+    rounds = -(-num_grains // world_size)
+    out = []
+    for r in range(rounds):
+        grain = r * world_size + global_rank
+        out.append((grain, True) if grain < num_grains else (0, False))
+    return out
+
+
+def idle_share(num_grains: int, world_size: int) -> float:
+    """Share of the processes' rounds that repeat a grain and are dropped."""
+    rounds = -(-num_grains // world_size)
+    return 1.0 - num_grains / (rounds * world_size) if rounds else 0.0
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """[N] the arena's gradient with those of gates and other leaves behind it; the one tensor if there is only one."""
+    return parts[0] if len(parts) == 1 else torch.cat([p.reshape(-1) for p in parts])

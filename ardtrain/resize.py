@@ -1,0 +1,202 @@
+"""One resize on one page: decide (by the method) -> agree -> capture -> repack -> rebuild.
+
+Resume, and starting from a checkpoint of another world size, enter the same road at *rebuild* with the identity plan.
+All of it happens on every process or on none: what can fail (a bad plan, memory) fails before the old engine goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ardtrain.arena import (
+    ArenaLayout,
+    Newborn,
+    Shard,
+    fill_newborn,
+    fill_newborn_second_moment,
+    repack,
+    repack_components,
+    sources,
+)
+from ardtrain.collectives import World
+from ardtrain.engines import AdamSettings, AdapterEngine, FullState
+from ardtrain.methods.base import Binding, Method
+from ardtrain.ranks import RankPlan, RankTable
+
+
+@dataclass
+class Snapshot:
+    """Everything trained, as full tensors on the host: what a checkpoint holds and a resize turns.
+
+    full: master and moments [N]; age: [R] int64; entries: the method's per-entry arrays [N] by name;
+    components: its per-component arrays [R, ...]; sites: its per-site arrays [S, ...], by name.
+    """
+
+    table: RankTable
+    full: FullState
+    age: Tensor
+    entries: dict[str, Tensor] = field(default_factory=dict)
+    components: dict[str, Tensor] = field(default_factory=dict)
+    sites: dict[str, Tensor] = field(default_factory=dict)
+
+
+def repack_snapshot(
+    snapshot: Snapshot, old: ArenaLayout, plan: RankPlan, newborn: Newborn, *, seed: int, step: int
+) -> tuple[Snapshot, ArenaLayout]:
+    """The snapshot after the plan, and its layout. Pure.
+
+    Survivors keep master, moments, age and statistics to the bit. Newborn: weights from the method (contribution
+    exactly zero), first moment 0, second moment the mean of their site's survivors, age and statistics 0.
+    """
+    table = plan.apply(snapshot.table)
+    layout = ArenaLayout(table, old.parts)
+    born = sources(snapshot.table, table) < 0
+    master = repack(snapshot.full.master, old, layout)
+    fill_newborn(master, layout, born, newborn, seed=seed, step=step)
+    exp_avg_sq = repack(snapshot.full.exp_avg_sq, old, layout)
+    fill_newborn_second_moment(exp_avg_sq, layout, born)
+    _zero_masked(master, layout, plan, snapshot.table)
+    full = FullState(master, repack(snapshot.full.exp_avg, old, layout), exp_avg_sq, snapshot.full.steps)
+    return (
+        Snapshot(
+            table,
+            full,
+            repack_components(snapshot.age, snapshot.table, table),
+            {name: repack(values, old, layout) for name, values in snapshot.entries.items()},
+            {name: repack_components(v, snapshot.table, table) for name, v in snapshot.components.items()},
+            dict(snapshot.sites),
+        ),
+        layout,
+    )
+
+
+def _zero_masked(master: Tensor, layout: ArenaLayout, plan: RankPlan, before: RankTable) -> None:
+    """AdaLoRA's reversible mask: the diagonal of masked survivors becomes 0 in the master, moments stay."""
+    for index, change in plan.changes.items():
+        if not change.zero:
+            continue
+        where = {p: i for i, p in enumerate(change.keep)}
+        assert all(p in where for p in change.zero), f"{before.sites[index].name}: a masked component leaves"
+        layout.site_rows(master, index)["diagonal"][[where[p] for p in change.zero]] = 0.0
+
+
+def start_snapshot(table: RankTable, layout: ArenaLayout, newborn: Newborn, *, seed: int) -> Snapshot:
+    """A run's first snapshot: every component newborn at step -1, moments zero."""
+    master = torch.zeros(layout.size)
+    fill_newborn(master, layout, torch.ones(table.total, dtype=torch.bool), newborn, seed=seed, step=-1)
+    zeros = torch.zeros(layout.size)
+    return Snapshot(table, FullState(master, zeros, zeros.clone(), 0), torch.zeros(table.total, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class ResizeRecord:
+    """What one event did: for ranks.jsonl. seconds: by cause, in the order they happened."""
+
+    before: RankTable
+    after: RankTable
+    plan: RankPlan
+    seconds: dict[str, float]
+
+
+class LiveArena:
+    """The arena in training: rank table, layout, adapter engine, ages and the method's state tensors.
+
+    Every process calls every method of it. After `start`, `build` and `apply` the adapters' views are stale: the loop
+    binds them anew each step, and drops them before `apply`, so that the old arena can be freed.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        world: World,
+        engine_config: Mapping[str, Any],
+        adam: AdamSettings,
+        seed: int,
+    ) -> None:
+        self.method, self.world, self.seed = method, world, seed
+        self._engine_config, self._adam = dict(engine_config), adam
+        self.engine: AdapterEngine
+
+    def start(self, table: RankTable) -> None:
+        """Builds a run's first arena."""
+        layout = ArenaLayout(table, self.method.entries)
+        snapshot = start_snapshot(table, layout, self.method.init, seed=self.seed)
+        for name, kind in self.method.state_tensors().items():
+            if kind == "per_entry":
+                snapshot.entries[name] = torch.zeros(layout.size)
+            elif kind == "per_component":
+                snapshot.components[name] = torch.zeros(table.total, dtype=torch.float64)
+            else:
+                snapshot.sites[name] = torch.zeros(len(table.sites), dtype=torch.float64)
+        self.build(snapshot, layout)
+
+    def build(self, snapshot: Snapshot, layout: ArenaLayout) -> None:
+        """Makes the engine and writes everything trained into it. A checkpoint load enters here."""
+        device = self.world.device
+        self.table, self.layout = snapshot.table, layout
+        self.engine = AdapterEngine(
+            snapshot.full.master, config=self._engine_config, adam=self._adam, device=device
+        )
+        self.engine.restore(snapshot.full)
+        self.shard = Shard(layout, self.world.global_rank, self.world.world_size)
+        self.age = snapshot.age.clone()
+        state = {name: self.shard.take(full).clone().to(device) for name, full in snapshot.entries.items()}
+        state |= {name: values.clone().to(device) for name, values in snapshot.components.items()}
+        state |= {name: values.clone().to(device) for name, values in snapshot.sites.items()}
+        self.state = state
+        self.method.bind(Binding(self.table, self.shard, self.age, self.state))
+
+    def capture(self) -> Snapshot:
+        """Full tensors of everything trained, on the host, the same on every process."""
+        kinds = self.method.state_tensors()
+        entries = {}
+        for name in (n for n, kind in kinds.items() if kind == "per_entry"):
+            full = torch.zeros(self.layout.size, device=self.world.device)
+            self.shard.put(self.state[name], full)
+            entries[name] = self.world.merge(full).cpu()
+        return Snapshot(
+            self.table,
+            self.engine.capture(),
+            self.age.clone(),
+            entries,
+            {n: self.state[n].cpu() for n, kind in kinds.items() if kind == "per_component"},
+            {n: self.state[n].cpu() for n, kind in kinds.items() if kind == "per_site"},
+        )
+
+    def scores(self, step: int) -> Tensor | None:
+        """[R] float64 on the host: every component's score, gathered from the process that keeps it."""
+        local = self.method.local_scores(step)
+        return None if local is None else self.world.merge(local).cpu()
+
+    def apply(self, plan: RankPlan, *, step: int) -> ResizeRecord:
+        """One resize. Raises RuntimeError on every process when they disagree, before anything is changed."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "agree"):
+            self.world.agree("rank plan", plan.digest, step=step)
+        before = self.table
+        with _timed(seconds, "capture"):
+            snapshot = self.capture()
+        with _timed(seconds, "repack"):
+            snapshot, layout = repack_snapshot(
+                snapshot, self.layout, plan, self.method.init, seed=self.seed, step=step
+            )
+        with _timed(seconds, "destroy"):
+            self.engine.destroy()
+        with _timed(seconds, "rebuild"):
+            self.build(snapshot, layout)
+        return ResizeRecord(before, self.table, plan, seconds)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start

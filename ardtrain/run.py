@@ -1,0 +1,477 @@
+"""One run from config to adapter: wiring and effects around the loop. `cli` calls `train`; every process runs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ardtrain import __version__, checkpoint, export, preflight
+from ardtrain.adapters import attach, bind_views
+from ardtrain.arena import ArenaLayout
+from ardtrain.backbones import DTYPES, load_model
+from ardtrain.collectives import World, idle_share
+from ardtrain.config import (
+    ConfigError,
+    RunConfig,
+    adapter_settings,
+    dump_config,
+    load_config,
+    num_warmup_steps,
+    updated,
+    with_batch,
+)
+from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
+from ardtrain.engines import AdamSettings, BackboneEngine, start_deepspeed
+from ardtrain.environment import ProcessIdentity, discover
+from ardtrain.environment import export as export_identity
+from ardtrain.evaluation import HeldOut
+from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, guard_streams, replace_file, write_status
+from ardtrain.observe import RunLog, start_logging
+from ardtrain.report import draw_ranks
+from ardtrain.resize import LiveArena, ResizeRecord, Snapshot
+from ardtrain.schedule import LOSS_SCALE_START
+from ardtrain.trainer import Hooks, LoopSettings, LoopState, StepResult, Trainer
+
+TIMEOUT_SECONDS = 1800.0  # of a collective: the first one waits for the slowest process's loading and tokenising
+LOGITS_CHECK_BYTES = 4 << 30  # the exported adapter is run through PEFT where the base is no larger than this
+SIGNAL_FLAG = 1 << 20  # stop requests travel as a sum: STOP file 1, a signal SIGNAL_FLAG, over all processes
+LOG_SCORES_SITES = 2000
+
+_logger = logging.getLogger("ardtrain")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Config and everything that could be checked before weights are loaded."""
+
+    config: RunConfig
+    plan: DeepSpeedPlan
+    notes: list[str]
+    shape: preflight.Shape
+
+
+def read_run_config(path: str | Path, overrides: Sequence[str], *, world_size: int) -> tuple[RunConfig, list[str]]:
+    """The run's resolved config and notes for its user.
+
+    The global batch size is fixed at the first start: a run folder that has a resolved config keeps that one's.
+    """
+    config, notes = take_over(load_config(path, overrides))
+    resolved = Path(config.output_dir) / "config.yaml"
+    if config.resume_from_checkpoint is not None and config.global_batch_size is None and resolved.is_file():
+        earlier = load_config(resolved)
+        config = updated(
+            config, {"global_batch_size": earlier.global_batch_size, "gradient_accumulation_steps": None}
+        )
+        notes.append(f"global_batch_size={earlier.global_batch_size} as at the first start ({resolved})")
+    return with_batch(config, world_size), notes
+
+
+def prepare(path: str | Path, overrides: Sequence[str], *, world_size: int) -> Prepared:
+    """Config, shapes and DeepSpeed plan. Raises ConfigError."""
+    config, notes = read_run_config(path, overrides, world_size=world_size)
+    shape = preflight.check_model(config)
+    plan = split_deepspeed(config, world_size=world_size, trainable_numbers=shape.num_trained)
+    if config.num_grains < world_size:
+        idle = world_size - config.num_grains
+        notes.append(f"{config.num_grains} grains for {world_size} processes: {idle} of them repeat work that is dropped")
+    elif config.num_grains % world_size:
+        share = idle_share(config.num_grains, world_size)
+        notes.append(f"{config.num_grains} grains over {world_size} processes: {share:.0%} of the rounds are idle")
+    return Prepared(config, plan, [*notes, *plan.notes], shape)
+
+
+def validate(path: str | Path, overrides: Sequence[str]) -> str:
+    """`ardtrain validate CONFIG`: all checks, no weights; returns the summary. Raises ConfigError."""
+    prepared = prepare(path, overrides, world_size=1)
+    tokenizer = preflight.tokenizer_of(prepared.config)
+    data, _ = preflight.open_data(prepared.config, tokenizer)
+    return preflight.summary(prepared.config, prepared.shape, data, prepared.notes)
+
+
+def train(path: str | Path, overrides: Sequence[str]) -> int:
+    """`ardtrain train CONFIG` on this process; returns the exit code. All processes of the run call it."""
+    guard_streams()
+    identity = discover(os.environ)
+    export_identity(identity, os.environ)
+    device = _device(identity)
+    prepared = prepare(path, overrides, world_size=identity.world_size)
+    config = prepared.config
+    torch.set_num_threads(config.num_threads)
+    if config.reproducible:
+        _choose_deterministic_kernels(device)
+    run_dir = Path(config.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    world = World.join(
+        global_rank=identity.global_rank,
+        world_size=identity.world_size,
+        device=device,
+        timeout_seconds=TIMEOUT_SECONDS,
+    )
+    watchdog = Watchdog(world.watchdog_store(), hosts_store=world.is_main)
+    watchdog.start()
+    end_logging = start_logging(run_dir, global_rank=identity.global_rank)
+    step_of_failure = 0
+    try:
+        run = Run(prepared, world, identity, run_dir)
+        try:
+            return run.execute()
+        finally:
+            step_of_failure = run.steps_done
+    except BaseException as error:
+        text = f"process {identity.global_rank}: {traceback.format_exc()}"
+        _logger.error(text if not isinstance(error, ConfigError) else str(error))
+        if world.is_main:
+            write_status(run_dir, "failed", step_of_failure, error=str(error))
+        watchdog.report(text)
+        # The others may hang in a collective that this process will never join; destroying the group could hang too.
+        _leave_at_once(1)
+        raise
+    finally:
+        watchdog.stop()
+        end_logging()
+        world.leave()
+
+
+def _leave_at_once(code: int) -> None:
+    import sys
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _device(identity: ProcessIdentity) -> torch.device:
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        torch.cuda.set_device(identity.local_rank)
+        return torch.device("cuda", identity.local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.device("cpu")
+
+
+def _choose_deterministic_kernels(device: torch.device) -> None:
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+class Run:
+    """The parts of one run, built in order, and what happens around its steps."""
+
+    def __init__(self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path) -> None:
+        self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, run_dir
+        config, shape = self.config, prepared.shape
+        start_deepspeed(world.device)
+        tokenizer = preflight.tokenizer_of(config)
+        if identity.local_rank == 0:
+            preflight.open_data(config, tokenizer)
+        world.barrier("rows tokenised")
+        self.data, self.eval_data = preflight.open_data(config, tokenizer)
+        self.identity = checkpoint.Identity(shape.backbone_fingerprint, self.data.fingerprint, _versions())
+        world.agree("config, model or data", _digest(dump_config(config), shape, self.data.fingerprint), step=0)
+        self.method = preflight.make_method(config, total_steps=self.data.num_steps)
+        self.resumed = self._find_checkpoint()
+        if world.is_main:
+            write_status(run_dir, "started", self.steps_done)
+            if self.resumed is None:
+                replace_file(run_dir / "config.yaml", dump_config(config))
+        self.arena = LiveArena(
+            self.method,
+            world=world,
+            engine_config=prepared.plan.adapter,
+            adam=_adam(config),
+            seed=config.seed,
+        )
+        self._build_backbone()
+        self.trainer = self._build_trainer()
+
+    @property
+    def steps_done(self) -> int:
+        trainer = getattr(self, "trainer", None)
+        if trainer is not None:
+            return int(trainer.state.step)
+        return int(self.resumed.loop["step"]) if getattr(self, "resumed", None) is not None else 0
+
+    def _find_checkpoint(self) -> checkpoint.Loaded | None:
+        path = checkpoint.find(self.run_dir, self.config.resume_from_checkpoint)
+        chosen = self.world.broadcast_text("" if path is None else str(path))
+        if not chosen:
+            return None
+        return checkpoint.load(
+            Path(chosen),
+            sites=self.prepared.shape.table.sites,
+            parts=self.method.entries,
+            kinds=self.method.state_tensors(),
+            identity=self.identity,
+        )
+
+    def _build_backbone(self) -> None:
+        config, plan = self.config, self.prepared.plan
+        model = load_model(preflight.model_source(config), compute_dtype=plan.compute_dtype)
+        if config.gradient_checkpointing:  # non-reentrant: the views are no arguments of the checkpointed function
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        sites = self.prepared.shape.table.sites
+        dropout = {s.tower: adapter_settings(config, s.tower).lora_dropout for s in sites}
+        self.adapters = attach(model, sites, dropout=dropout)
+        self.backbone = BackboneEngine(
+            model, stage=plan.backbone_stage, config=plan.backbone, device=self.world.device
+        )
+
+    def _build_trainer(self) -> Trainer:
+        config, loaded = self.config, self.resumed
+        if loaded is None:
+            self.arena.start(self.prepared.shape.table)
+            fp16 = self.prepared.plan.compute_dtype == "fp16"
+            state = LoopState(loss_scale=LOSS_SCALE_START if fp16 else 1.0)
+        else:
+            self.arena.build(loaded.snapshot, loaded.layout)
+            state = LoopState(**loaded.loop)
+        settings = LoopSettings(
+            seed=config.seed,
+            total_steps=self.data.num_steps,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=num_warmup_steps(config, self.data.num_steps),
+            max_grad_norm=config.max_grad_norm,
+            max_skipped_steps=config.max_skipped_steps,
+            score_at=config.score_at,
+            compute_dtype=DTYPES[self.prepared.plan.compute_dtype],
+            eval_steps=config.eval_steps,
+            save_steps=config.save_steps,
+        )
+        return Trainer(
+            settings, self.world, self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data, state
+        )
+
+    def execute(self) -> int:
+        """Trains, saves, exports; returns the exit code. All processes must call this."""
+        config, trainer = self.config, self.trainer
+        with (
+            RunLog(
+                self.run_dir,
+                is_main=self.world.is_main,
+                num_steps=self.data.num_steps,
+                first_step=trainer.state.step,
+            ) as self.log,
+            StopRequest(
+                self.run_dir, reads_file=self.world.is_main, signals=config.preemption_signal
+            ) as self.stop_request,
+        ):
+            self._announce()
+            trainer.hooks = Hooks(self._on_step, self._on_evaluate, self._save, self._stop_flag)
+            flag = trainer.fit()
+            code = StopCode.SIGNAL if flag >= SIGNAL_FLAG else StopCode.FILE if flag else StopCode.NONE
+            difference = self._export_final() if code is StopCode.NONE else None
+            self._finish(code, difference)
+        return 0
+
+    def _announce(self) -> None:
+        self.log.say(
+            preflight.summary(self.config, self.prepared.shape, self.data, self.prepared.notes)
+            + f"\nprocesses: {self.world.world_size} on {self.world.device.type}, backbone ZeRO-"
+            f"{self.prepared.plan.backbone_stage}, compute {self.prepared.plan.compute_dtype}"
+        )
+        if self.resumed is not None:
+            self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")
+        else:
+            self.log.ranks(0, {"event": 0, "total_rank": self.arena.table.total, "table": self.arena.table.by_name(),
+                               "digest": self.arena.table.digest})  # fmt: skip
+
+    def _stop_flag(self) -> int:
+        code = self.stop_request.requested()
+        return SIGNAL_FLAG if code is StopCode.SIGNAL else int(code)
+
+    def _on_step(self, result: StepResult) -> None:
+        """Records of one step. The loss is on the host already; nothing here synchronises."""
+        done, trainer = result.step + 1, self.trainer
+        trainer.clock.count_tokens(result.num_tokens)
+        self.log.progress(done, loss=result.loss, learning_rate=result.lr, total_rank=self.arena.table.total)
+        if done % self.config.logging_steps == 0 or result.void or done == self.data.num_steps:
+            report = trainer.clock.report()
+            shares = {f"{n}_fraction": trainer.clock.fraction(n) for n in ("allocator", "resize")}
+            self.log.metrics(done, _loss_record(result) | report | shares)
+        if result.record is not None:
+            self._record_event(result, result.record)
+
+    def _record_event(self, result: StepResult, record: ResizeRecord) -> None:
+        before, after = record.before.by_name(), record.after.by_name()
+        changes = [
+            {"site": record.before.sites[i].name, "before": before[name], "after": after[name],
+             "pruned": before[name] - len(c.keep), "born": c.born}
+            for i, c in sorted(record.plan.changes.items())
+            for name in (record.before.sites[i].name,)
+        ]  # fmt: skip
+        event = self.trainer.state.events
+        self.log.ranks(
+            result.step + 1,
+            {"event": event, "total_rank": record.after.total, "digest": record.after.digest,
+             "reason": record.plan.reason, "scores": dict(record.plan.scores), "changes": changes,
+             "seconds": record.seconds},
+        )  # fmt: skip
+        num_sites = len(record.before.sites)
+        wanted = self.config.log_scores if self.config.log_scores is not None else num_sites < LOG_SCORES_SITES
+        if wanted and result.scores is not None and self.world.is_main:
+            _write_scores(self.run_dir / "scores" / f"event-{event}.safetensors", record, result.scores)
+
+    def _on_evaluate(self, step: int, held_out: HeldOut) -> None:
+        self.log.metrics(step, {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity})
+        self.log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} tokens")
+        best = self.trainer.state.best_loss
+        self._is_best = best is None or held_out.loss < best
+        if self._is_best:
+            self.trainer.state.best_loss = held_out.loss
+
+    def _save(self, reason: str) -> None:
+        """A checkpoint at this step boundary: all capture and agree, process 0 writes."""
+        step = self.trainer.state.step
+        with self.trainer.clock.section("checkpoint"):
+            snapshot = self.arena.capture()
+            self.world.agree("weights or moments", weights_digest(snapshot), step=step)
+            if self.world.is_main:
+                path = checkpoint.save(
+                    self.run_dir,
+                    snapshot,
+                    self.arena.layout,
+                    step=step,
+                    loop=asdict(self.trainer.state),
+                    identity=self.identity,
+                    write_adapter=lambda folder: self._write_adapter(folder, snapshot.full.master, self.arena.layout),
+                )
+                if getattr(self, "_is_best", False):
+                    replace_file(self.run_dir / "best", path.name + "\n")
+                    self._is_best = False
+                checkpoint.prune(self.run_dir, self.config.save_total_limit)
+            self.world.barrier("checkpoint written")
+
+    def _write_adapter(self, folder: Path, master: torch.Tensor, layout: ArenaLayout) -> None:
+        config = export.peft_config(
+            layout,
+            base_model=self.config.model_name_or_path,
+            revision=self.config.revision,
+            lora_dropout=self.config.lora_dropout,
+        )
+        export.write_peft(folder, master, layout, config)
+
+    def _export_final(self) -> float | None:
+        """The final adapter, complete and compared with PEFT's reading before it gets its name; all must call this.
+
+        Returns:
+            The largest logit difference to PEFT's, or None where the base is too large to load once more.
+        """
+        ids = torch.arange(1, 33, device=self.world.device).remainder(self._vocab_size())[None]
+        module = self.backbone.module.eval()
+        bind_views(self.adapters, self.arena.layout.views(self.arena.engine.weights))
+        with torch.no_grad():
+            logits = module(input_ids=ids, use_cache=False).logits.cpu()
+        difference, problem = None, ""
+        if self.world.is_main:
+            try:
+                difference = self._export_and_compare(ids.cpu(), logits)
+            except RuntimeError as error:
+                problem = str(error)
+        problem = self.world.broadcast_text(problem)
+        if problem:
+            raise RuntimeError(problem)
+        return difference
+
+    def _export_and_compare(self, ids: torch.Tensor, logits: torch.Tensor) -> float | None:
+        building, final = self.run_dir / ".adapter.tmp", self.run_dir / "adapter"
+        checkpoint.remove_folder(building)
+        self._write_adapter(building, self.arena.engine.weights.cpu(), self.arena.layout)
+        dtype = self.prepared.plan.compute_dtype
+        difference = None
+        if self.prepared.shape.num_base * DTYPES[dtype].itemsize <= LOGITS_CHECK_BYTES:
+            base = load_model(preflight.model_source(self.config), compute_dtype=dtype)
+            difference = export.compare_with_peft(building, base, ids, logits)
+            limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
+            if not difference <= limit:
+                raise RuntimeError(
+                    f"the exported adapter gives logits {difference:.2e} away from training's (limit {limit:.2e}); it "
+                    f"was left in {building} and not published"
+                )
+        checkpoint.remove_folder(final)
+        building.rename(final)
+        return difference
+
+    def _vocab_size(self) -> int:
+        return int(self.backbone.module.get_input_embeddings().num_embeddings)
+
+    def _finish(self, code: StopCode, difference: float | None) -> None:
+        step = self.trainer.state.step
+        self.stop_request.carried_out()
+        if not self.world.is_main:
+            return
+        if code is StopCode.NONE:
+            picture = self.run_dir / "ranks.png"
+            draw_ranks(self.run_dir / "ranks.jsonl", picture)
+            check = "not run through PEFT (base too large)" if difference is None else f"PEFT's logits within {difference:.1e}"
+            self.log.say(f"adapter: {self.run_dir / 'adapter'} ({check})\nranks: {picture}")
+        else:
+            self.log.say(f"stopped at step {step} on request; the same command with resume_from_checkpoint=auto goes on")
+        write_status(self.run_dir, STATE_AFTER[code], step, best_loss=self.trainer.state.best_loss)
+
+
+def weights_digest(snapshot: Snapshot) -> str:
+    """sha256 over table, master and moments; equal on every process, or something is broken."""
+    import hashlib
+
+    digest = hashlib.sha256(snapshot.table.digest.encode())
+    for tensor in (snapshot.full.master, snapshot.full.exp_avg, snapshot.full.exp_avg_sq, *snapshot.entries.values()):
+        digest.update((tensor + 0.0).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _loss_record(result: StepResult) -> dict[str, Any]:
+    return {
+        "loss": result.loss,
+        "extra_loss": result.extra_loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.lr,
+        "tokens": result.num_tokens,
+        "void": result.void,
+    }
+
+
+def _write_scores(path: Path, record: ResizeRecord, scores: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    table = record.before
+    means = torch.stack(
+        [scores[a:b].mean() if b > a else torch.zeros((), dtype=scores.dtype)
+         for a, b in zip(table.offsets, table.offsets[1:], strict=False)]
+    )  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
+    save_file({"mean_score": means, "rank": torch.tensor(table.ranks)}, path)
+
+
+def _adam(config: RunConfig) -> AdamSettings:
+    o = config.optimizer
+    return AdamSettings(tuple(o.betas), o.eps, o.weight_decay, config.offload_optimizer_kernel)
+
+
+def _versions() -> dict[str, str]:
+    import deepspeed
+    import transformers
+
+    return {
+        "ardtrain": __version__,
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _digest(config_text: str, shape: preflight.Shape, data_fingerprint: str) -> str:
+    import hashlib
+
+    text = "\n".join([config_text, shape.table.digest, shape.backbone_fingerprint, data_fingerprint])
+    return hashlib.sha256(text.encode()).hexdigest()

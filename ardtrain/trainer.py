@@ -1,0 +1,279 @@
+"""The loop: one plain step readable on one screen, in the order of architecture.md 4.
+
+Letters: N numbers of the arena, G grains of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ardtrain import schedule
+from ardtrain.adapters import AdapterLinear, bind_views, drop_views
+from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
+from ardtrain.data import Batch
+from ardtrain.engines import BackboneEngine
+from ardtrain.evaluation import Grains, HeldOut, held_out_loss, token_loss_sum
+from ardtrain.methods.base import Method, Statistics
+from ardtrain.observe import Clock
+from ardtrain.ranks import named_seed
+from ardtrain.resize import LiveArena, ResizeRecord
+
+MAX_REPEATS = 64  # of one step, to find an exponent or a loss scale; each lowers one of them
+
+
+class Steps(Protocol):
+    """Training data (data.TrainData)."""
+
+    def grains(self, step: int) -> Sequence[Any]: ...
+
+    def collate(self, grain: Any) -> Batch: ...
+
+    def sample_ids(self, grain: Any) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop takes from the config. Steps are optimizer steps."""
+
+    seed: int
+    total_steps: int
+    learning_rate: float
+    lr_scheduler_type: schedule.LrSchedule
+    warmup_steps: int
+    max_grad_norm: float
+    max_skipped_steps: int
+    score_at: str
+    compute_dtype: torch.dtype
+    eval_steps: int | None
+    save_steps: int | None
+
+
+@dataclass
+class LoopState:
+    """What the loop carries from step to step beside the arena; a checkpoint stores every field.
+
+    step: next optimizer step; exponent: of the exact sum; loss_scale: power of two, 1 unless fp16;
+    good_steps: since the scale last changed; skipped: void steps in a row; events: resizes so far.
+    """
+
+    step: int = 0
+    exponent: int = START_EXPONENT
+    loss_scale: float = 1.0
+    good_steps: int = 0
+    skipped: int = 0
+    events: int = 0
+    tokens_seen: int = 0
+    best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step's numbers, alike on every process."""
+
+    step: int
+    loss: float
+    extra_loss: float
+    grad_norm: float
+    lr: float
+    num_tokens: int
+    void: bool
+    record: ResizeRecord | None = None
+    scores: Tensor | None = None
+    stop_flag: int = 0
+
+
+@dataclass
+class Hooks:
+    """What happens around steps; effects that the loop itself does not know. Every process calls every hook."""
+
+    on_step: Callable[[StepResult], None] = lambda result: None
+    on_evaluate: Callable[[int, HeldOut], None] = lambda step, held_out: None
+    save: Callable[[str], None] = lambda reason: None
+    stop_flag: Callable[[], int] = lambda: 0
+
+
+@dataclass
+class Trainer:
+    """Owns backward, clip, step, score and resize."""
+
+    settings: LoopSettings
+    world: World
+    backbone: BackboneEngine
+    adapters: Mapping[str, AdapterLinear]
+    arena: LiveArena
+    method: Method
+    data: Steps
+    eval_data: Grains | None = None
+    state: LoopState = field(default_factory=LoopState)
+    clock: Clock = field(default_factory=Clock)
+    hooks: Hooks = field(default_factory=Hooks)
+
+    def fit(self) -> int:
+        """Trains to the last step or to a stop request; returns the stop flag (0: finished). All must call this."""
+        self.backbone.module.train()
+        total = self.settings.total_steps
+        while self.state.step < total:
+            result = self.train_step()
+            self.hooks.on_step(result)
+            done = self.state.step
+            if self.eval_data is not None and (_due(done, self.settings.eval_steps) or done == total):
+                self.hooks.on_evaluate(done, self.evaluate())
+            if result.stop_flag:
+                self.hooks.save("stop")
+                return result.stop_flag
+            if _due(done, self.settings.save_steps) or done == total:
+                self.hooks.save("last" if done == total else "step")
+        return 0
+
+    def train_step(self) -> StepResult:
+        """One optimizer step of the whole global batch. All processes must call this."""
+        step, s = self.state.step, self.settings
+        total, leaf, views = self._sum_of_grains(step)
+        self.state.step = step + 1
+        num_tokens = sum(total.tokens)
+        loss = math.fsum(total.losses) / max(1, num_tokens)
+        lr = schedule.learning_rate(
+            step,
+            peak=s.learning_rate,
+            total_steps=s.total_steps,
+            warmup_steps=s.warmup_steps,
+            kind=s.lr_scheduler_type,
+        )
+        if not total.finite:
+            return self._void(step, total, loss, lr)
+        self.state.skipped = 0
+        gradient = total.gradient.div_(num_tokens * self.state.loss_scale)
+        if step == 0:
+            self._refuse_untouched(gradient)
+        extra = self._add_extra_loss(gradient, leaf, views)
+        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+        if not math.isfinite(norm):
+            return self._void(step, total, loss, lr)
+        del leaf, views
+        before = Statistics(gradient.clone(), self.arena.engine.weights.clone()) if s.score_at == "before_step" else None
+        if s.max_grad_norm and norm > s.max_grad_norm:
+            gradient.mul_(s.max_grad_norm / (norm + 1e-6))
+        self.arena.engine.step(gradient, lr=lr)
+        with self.clock.section("allocator"):
+            self.arena.age += 1
+            self.method.observe(step, before or Statistics(gradient, self.arena.engine.weights))
+            self.method.after_step(step)
+            scores, record = self._allocate(step)
+        self.state.tokens_seen += num_tokens
+        return StepResult(step, loss, extra, norm, lr, num_tokens, False, record, scores, total.flag)
+
+    def _sum_of_grains(self, step: int) -> tuple[StepSum, Tensor, dict[str, dict[str, Tensor]]]:
+        """Forward and backward of this process's grains and the exact sum over all; repeated until it is valid.
+
+        A sum is invalid when a number might have left fixed point's range, or (fp16) when only the scaled gradient
+        left float16's. Every process sees the same numbers and lowers the same exponent or scale.
+        """
+        grains = self.data.grains(step)
+        for _ in range(MAX_REPEATS):
+            leaf = self.arena.engine.leaf()
+            views = self.arena.layout.views(leaf)
+            bind_views(self.adapters, views)
+            total = ExactSum(
+                self.arena.layout.size, len(grains), exponent=self.state.exponent, device=self.world.device
+            )
+            for index, counted in deal(len(grains), self.world.world_size, self.world.global_rank):
+                batch = self.data.collate(grains[index])
+                loss, gradient = self._grain(step, index, batch, leaf)
+                if counted:
+                    total.add(index, loss=loss, gradient=gradient, tokens=batch.num_target_tokens)
+            result = total.reduce(self.world, flag=self.hooks.stop_flag())
+            if not result.finite and self.state.loss_scale > 1.0 and all(map(math.isfinite, result.losses)):
+                self.state.loss_scale, self.state.good_steps = self.state.loss_scale / 2, 0
+                continue
+            exponent = next_exponent(result.largest, len(grains), current=self.state.exponent)
+            valid, self.state.exponent = result.valid, exponent
+            if valid:
+                self.state.loss_scale, self.state.good_steps = schedule.next_loss_scale(
+                    self.state.loss_scale, self.state.good_steps
+                )
+                return result, leaf, views
+        raise RuntimeError(f"step {step}: no exponent made the gradient's sum valid in {MAX_REPEATS} tries")
+
+    def _grain(self, step: int, index: int, batch: Batch, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss sum of one grain and its gradient [N]; dropout is seeded by (run seed, step, grain)."""
+        device = self.world.device
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            torch.manual_seed(named_seed(self.settings.seed, step, index))
+            loss = token_loss_sum(
+                self.backbone.module, batch, device=device, mask_dtype=self.settings.compute_dtype
+            )
+            (gradient,) = torch.autograd.grad(loss * self.state.loss_scale, leaf, retain_graph=False)
+        self.backbone.release()
+        return loss.detach(), gradient
+
+    def _add_extra_loss(self, gradient: Tensor, leaf: Tensor, views: Mapping[str, Mapping[str, Tensor]]) -> float:
+        """Adds the method's own loss's gradient, once a step, after the exact sum; returns that loss."""
+        extra = self.method.extra_loss(views)
+        if extra is None:
+            return 0.0
+        (own,) = torch.autograd.grad(extra, leaf)
+        gradient.add_(own)
+        return float(extra.detach())
+
+    def _allocate(self, step: int) -> tuple[Tensor | None, ResizeRecord | None]:
+        """Scores, the plan and its resize, if this step has one."""
+        if not self.method.due(step):
+            return None, None
+        scores = self.arena.scores(step)
+        plan = self.method.plan(step, scores)
+        if plan is None:
+            return scores, None
+        drop_views(self.adapters)
+        with self.clock.section("resize"):
+            record = self.arena.apply(plan, step=step)
+        self.state.events += 1
+        return scores, record
+
+    def _void(self, step: int, total: StepSum, loss: float, lr: float) -> StepResult:
+        """A non-finite loss or gradient voids the step on all processes; too many in a row end the run."""
+        self.state.skipped += 1
+        if self.state.skipped > self.settings.max_skipped_steps:
+            grains = self.data.grains(step)
+            ids = [i for g in (total.bad_grains or range(len(grains))) for i in self.data.sample_ids(grains[g])]
+            raise RuntimeError(
+                f"step {step}: loss or gradient is not finite in grains {list(total.bad_grains)} "
+                f"(samples {', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}); max_skipped_steps="
+                f"{self.settings.max_skipped_steps} allows no more void steps in a row. Look at those samples, lower "
+                "learning_rate, or raise max_skipped_steps"
+            )
+        return StepResult(step, loss, 0.0, math.nan, lr, sum(total.tokens), True, stop_flag=total.flag)
+
+    def _refuse_untouched(self, gradient: Tensor) -> None:
+        """At the first step every adapter must have received a gradient.
+
+        Raises:
+            RuntimeError: naming the modules that did not run.
+        """
+        last = {b.module: b for b in self.arena.layout.blocks}  # the part that starts at zero comes last
+        untouched = [m for m, block in last.items() if not bool(block.of(gradient).any())]
+        if untouched:
+            raise RuntimeError(
+                f"{len(untouched)} adapters received no gradient in the first step, e.g. {untouched[0]}: the module is "
+                "never run by this model's forward; leave it out with exclude_modules"
+            )
+
+    def evaluate(self) -> HeldOut:
+        """Held-out loss with the weights as they are. All processes must call this."""
+        assert self.eval_data is not None
+        with self.clock.section("evaluate"):
+            bind_views(self.adapters, self.arena.layout.views(self.arena.engine.leaf().detach()))
+            result = held_out_loss(
+                self.backbone.module, self.eval_data, world=self.world, mask_dtype=self.settings.compute_dtype
+            )
+            drop_views(self.adapters)
+        return result
+
+
+def _due(done: int, interval: int | None) -> bool:
+    return interval is not None and done % interval == 0
