@@ -20,14 +20,34 @@ from torch import Tensor, nn
 from ardtrain.ranks import Site
 
 
+class FrozenLinear(torch.autograd.Function):
+    """`x W^T + bias` that keeps only a reference to the frozen weight for backward.
+
+    Why not F.linear: under ZeRO-3 torch's own saves a view of the gathered weight, which keeps it in memory, and
+    DeepSpeed's replacement (patched in by zero.Init) saves the input as well, which a frozen weight never needs. One
+    function for every stage also gives the same bits with and without ZeRO-3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        out = torch.matmul(x, weight.t())
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors  # whole again: ZeRO-3 gathers it before this module's backward
+        return torch.matmul(grad, weight), None, None
+
+
 class AdapterLinear(nn.Module):
     """`W x + bias + B^T (m * (A dropout(x)))` with m = scaling, times the diagonal and the gates where there are any.
 
     A and B are cast to the compute dtype where they are used; diagonal and gates are float32 and are not.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -41,7 +61,7 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """[B, T, I] -> [B, T, O]; any leading dimensions."""
-        out = F.linear(x_BTI, self.weight, self.bias)
+        out: Tensor = FrozenLinear.apply(x_BTI, self.weight, self.bias)
         if self.views is None:  # rank 0 costs nothing
             return out
         return out + self.product(x_BTI)
@@ -51,7 +71,7 @@ class AdapterLinear(nn.Module):
         assert self.views is not None
         dtype = x_BTI.dtype
         x_BTI = F.dropout(x_BTI, self.dropout, self.training)
-        hidden = F.linear(x_BTI, self.views["lora_A"].to(dtype))  # [B, T, R]
+        hidden = x_BTI @ self.views["lora_A"].to(dtype).t()  # [B, T, R]
         diagonal = self.views.get("diagonal")
         if diagonal is None and self.gates is None:
             hidden = hidden * self.scaling
@@ -180,8 +200,6 @@ def make_sites(
                 f"r={site_r} exceeds {name} ({linear.in_features} inputs, {linear.out_features} outputs; rank at most "
                 f"{largest}); lower r or drop {name.rpartition('.')[2]} from target_modules"
             )
-        sites.append(
-            Site(name, name, linear.in_features, linear.out_features, scaling=alpha / site_r, tower=tower)
-        )
+        sites.append(Site(name, name, linear.in_features, linear.out_features, scaling=alpha / site_r, tower=tower))
         ranks.append(site_r)
     return sites, ranks

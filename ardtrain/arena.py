@@ -113,7 +113,7 @@ class ArenaLayout:
 
 
 def sources(old: RankTable, new: RankTable) -> Tensor:
-    """[R_new] int64: which component of `old` each component of `new` is, -1 for the newborn. Identity: (site, birth)."""
+    """[R_new] int64: which component of `old` each of `new` is, -1 for the newborn. Identity: (site, birth)."""
     assert old.sites == new.sites
     out: list[int] = []
     for index, births in enumerate(new.births):
@@ -149,9 +149,7 @@ def repack_components(values: Tensor, old: RankTable, new: RankTable) -> Tensor:
     return out
 
 
-def fill_newborn(
-    flat: Tensor, layout: ArenaLayout, born: Tensor, newborn: Newborn, *, seed: int, step: int
-) -> None:
+def fill_newborn(flat: Tensor, layout: ArenaLayout, born: Tensor, newborn: Newborn, *, seed: int, step: int) -> None:
     """Writes the newborn components' first weights into `flat` [N], in place.
 
     born: [R] bool, which components of the layout's table have no predecessor. Survivors of each site are handed to
@@ -231,19 +229,21 @@ class Shard:
         self.slices: list[tuple[int, int]] = []
         blocks: list[ShardBlock] = []
         local = 0
+        whole = False  # does the last slice end with its block, so that only a gap follows?
         for block in layout.blocks:
             low, high = max(self.start, block.first), min(self.stop, block.first + block.rows)
             if low >= high:
                 continue
             begin = block.offset + (low - block.first) * block.columns
             end = block.offset + (high - block.first) * block.columns
-            if self.slices and begin - self.slices[-1][1] < ALIGNMENT:  # only a gap between: one longer slice
+            if whole and begin == _aligned(self.slices[-1][1]):  # one longer slice
                 local += begin - self.slices[-1][1]
                 self.slices[-1] = (self.slices[-1][0], end)
             else:
                 self.slices.append((begin, end))
             blocks.append(ShardBlock(block.part, low, high - low, block.columns, local))
             local += end - begin
+            whole = end == block.stop
         self.blocks = tuple(blocks)
         self.size = local
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ardtrain.adapters import linear_modules, make_sites, select_modules
 from ardtrain.ranks import Site
@@ -48,14 +47,14 @@ def load_config(source: ModelSource) -> Any:
         ) from error
 
 
-def meta_model(source: ModelSource) -> nn.Module:
+def meta_model(source: ModelSource) -> PreTrainedModel:
     """The model without weights (meta device): shapes and names, for checks before anything is loaded."""
     config = load_config(source)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
-def load_model(source: ModelSource, *, compute_dtype: str) -> nn.Module:
+def load_model(source: ModelSource, *, compute_dtype: str) -> PreTrainedModel:
     """The whole model on the CPU, frozen, parameters in the compute dtype, buffers as its constructor makes them."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -88,7 +87,7 @@ def load_tokenizer(source: ModelSource, tokenizer_name_or_path: str | None = Non
 
 
 def find_sites(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     target_modules: str | Sequence[str],
     exclude_modules: Any,
@@ -103,7 +102,7 @@ def find_sites(
     Raises:
         ValueError: a target matches nothing, a rank exceeds a module, or `targets` names a tower the model lacks.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings()
     skip = [name for name, module in model.named_modules() if output is not None and module is output]
     linears = linear_modules(model, skip=skip)
     modules = select_modules(linears, target_modules=target_modules, exclude_modules=exclude_modules)
@@ -114,9 +113,7 @@ def find_sites(
             f"targets.{unknown[0]} names a tower that has no targeted module; this model's towers are "
             f"{', '.join(sorted(set(towers.values())))}"
         )
-    return make_sites(
-        linears, modules, r=r, lora_alpha=lora_alpha, tower_of=towers, tower_settings=tower_settings
-    )
+    return make_sites(linears, modules, r=r, lora_alpha=lora_alpha, tower_of=towers, tower_settings=tower_settings)
 
 
 def tower_of(module: str) -> str:

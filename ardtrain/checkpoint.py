@@ -1,8 +1,8 @@
 """Save, verify, load and prune checkpoints: rank-independent state, safetensors and JSON only, nothing unpickled.
 
 `checkpoint-N/` (N optimizer steps done) is written beside its final name and renamed when it is complete and verified;
-`latest` and `best` are files that name complete checkpoints only. The state holds full tensors by matrix, never the flat
-vector, so another world size, ZeRO stage, offload or a later layout read it alike (architecture.md 9).
+`latest` and `best` are files that name complete checkpoints only. The state holds full tensors by matrix, never the
+flat vector, so another world size, ZeRO stage, offload or a later layout read it alike (architecture.md 9).
 
 state/arena.safetensors: `<module>.{lora_A,lora_B,diagonal}.{master,exp_avg,exp_avg_sq,<method's per-entry names>}` as
 [r, columns] float32; `<site>.{birth,age}` [r] int64; `method.<name>` for per-component and per-site arrays.
@@ -204,7 +204,9 @@ def find(run_dir: Path, resume_from: str | None) -> Path | None:
     else:
         path = Path(resume_from)
     if not (path / "manifest.json").is_file():
-        raise CheckpointError(f"resume_from_checkpoint={resume_from}: {path} holds no manifest.json; name a complete one")
+        raise CheckpointError(
+            f"resume_from_checkpoint={resume_from}: {path} holds no manifest.json; name a complete one"
+        )
     return path
 
 
@@ -217,12 +219,14 @@ def load(path: Path, *, sites: tuple[Site, ...], parts: Parts, kinds: Mapping[st
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format_version {manifest['format_version']} is newer than this ardtrain's {FORMAT_VERSION}; upgrade"
+            f"{path}: format_version {manifest['format_version']} is newer than {FORMAT_VERSION}, this ardtrain's; upgrade"
         )
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file} is missing or damaged (its sha256 differs from the manifest's); take another")
+            raise CheckpointError(
+                f"{file} is missing or damaged (its sha256 differs from the manifest's); take another"
+            )
     for what in ("backbone", "data"):
         if manifest[what] != getattr(identity, what):
             raise CheckpointError(
@@ -236,7 +240,7 @@ def load(path: Path, *, sites: tuple[Site, ...], parts: Parts, kinds: Mapping[st
         raise CheckpointError(f"{path}: {error}") from error
     layout = ArenaLayout(table, parts)
     with safe_open(path / "state" / "arena.safetensors", framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118: not a dict
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     snapshot = from_tensors(tensors, table, layout, kinds=kinds, steps=int(trainer["adam_steps"]))
     return Loaded(snapshot, layout, trainer["loop"], manifest, path)
 

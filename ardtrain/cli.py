@@ -41,7 +41,9 @@ def _without_launcher_flags(arguments: list[str]) -> list[str]:
             skip = False
         elif argument in ("--local_rank", "--local-rank", "--deepspeed_config"):
             skip = True
-        elif argument != "--deepspeed" and not argument.startswith(("--local_rank=", "--local-rank=", "--deepspeed_config=")):
+        elif argument != "--deepspeed" and not argument.startswith(
+            ("--local_rank=", "--local-rank=", "--deepspeed_config=")
+        ):
             kept.append(argument)
     return kept
 

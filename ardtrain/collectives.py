@@ -15,7 +15,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,12 +29,11 @@ CHUNK = 1 << 24  # numbers converted to fixed point at a time: bounds the tempor
 
 @dataclass
 class World:
-    """The processes of this run. `store` is separate from the process group, so it can be polled by a thread."""
+    """The processes of this run; all of them are data-parallel."""
 
     global_rank: int
     world_size: int
     device: torch.device
-    store: Any = None
 
     @classmethod
     def join(cls, *, global_rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> World:
@@ -50,17 +48,14 @@ class World:
             world_size=world_size,
             timeout=timeout,
         )
-        return cls(global_rank, world_size, device, dist.PrefixStore("ardtrain", store))
+        return cls(global_rank, world_size, device)
 
-    def watchdog_store(self) -> WatchdogStore | None:
+    def watchdog_store(self) -> dist.Store | None:
         """A connection of its own to the run's store (a wait on a shared one would block it); None if single."""
         if self.world_size == 1:
             return None
-        return WatchdogStore(
-            dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
-            )
-        )
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.PrefixStore("watchdog", dist.TCPStore(host, port, is_master=False, wait_for_workers=False))
 
     def leave(self) -> None:
         """Ends the process group. All processes must call this."""
@@ -125,22 +120,6 @@ class World:
         return box[0]
 
 
-class WatchdogStore:
-    """What faults.Watchdog needs of a store: check, get, set of one key, none of which waits."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    def check(self, key: str) -> bool:
-        return bool(self._store.check([key]))
-
-    def get(self, key: str) -> bytes:
-        return bytes(self._store.get(key))
-
-    def set(self, key: str, value: bytes) -> None:
-        self._store.set(key, value)
-
-
 @dataclass(frozen=True)
 class StepSum:
     """What one exact sum says, alike on every process.
@@ -198,7 +177,9 @@ class ExactSum:
         losses = table[:, 0].contiguous().view(torch.float64).tolist()
         maxima = table[:, 1].contiguous().view(torch.float64).tolist()
         bad = tuple(
-            i for i, (x, m) in enumerate(zip(losses, maxima, strict=True)) if not (math.isfinite(x) and math.isfinite(m))
+            i
+            for i, (x, m) in enumerate(zip(losses, maxima, strict=True))
+            if not (math.isfinite(x) and math.isfinite(m))
         )
         largest = max(maxima, default=0.0) if not bad else math.inf
         valid = bool(bad) or self.num_grains * largest * 2.0**self.exponent < 2.0**LIMIT_BITS

@@ -19,8 +19,8 @@ from torch import Tensor
 from ardtrain.arena import ArenaLayout
 
 PEFT_PREFIX = "base_model.model."
-# Largest logit difference to PEFT's, as a share of the largest logit: folding the scale into B rounds B once, in float32
-# for fp32, in the compute dtype elsewhere (8 bits of mantissa over a few layers).
+# Largest logit difference to PEFT's, as a share of the largest logit: folding the scale into B rounds B once, in
+# float32 for fp32, in the compute dtype elsewhere (8 bits of mantissa over a few layers).
 LOGIT_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2, "fp16": 1e-2}
 
 

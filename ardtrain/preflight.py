@@ -32,9 +32,8 @@ class Shape:
 
 
 def model_source(config: RunConfig) -> ModelSource:
-    return ModelSource(
-        config.model_name_or_path, config.revision, config.trust_remote_code, config.attn_implementation
-    )
+    """Where the config says the model comes from."""
+    return ModelSource(config.model_name_or_path, config.revision, config.trust_remote_code, config.attn_implementation)
 
 
 def check_model(config: RunConfig) -> Shape:
@@ -90,7 +89,9 @@ def data_settings(config: RunConfig) -> DataSettings:
 
 def cache_dir() -> Path:
     """Where tokenised rows are kept: $ARDTRAIN_CACHE, else the user's cache folder."""
-    root = os.environ.get("ARDTRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "ardtrain")
+    root = os.environ.get("ARDTRAIN_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "ardtrain"
+    )
     return Path(root) / "rows"
 
 
@@ -139,13 +140,14 @@ def schedule_text(config: RunConfig, train: TrainData) -> str:
     warmup = num_warmup_steps(config, train.num_steps)
     source = f"max_steps={config.max_steps}" if config.max_steps is not None else f"{config.num_train_epochs} epochs"
     return (
-        f"schedule: {train.num_steps} steps ({source}) of {config.global_batch_size} rows in {config.num_grains} grains; "
+        f"schedule: {train.num_steps} steps ({source}) of {config.global_batch_size} rows in {config.num_grains} grains, "
         f"{train.num_rows(0)} rows an epoch; warm-up {warmup} steps, then {config.lr_scheduler_type} from "
         f"{config.learning_rate:g}"
     )
 
 
 def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer the config names. Raises ConfigError."""
     try:
         return load_tokenizer(model_source(config), config.tokenizer_name_or_path)
     except ValueError as error:

@@ -153,7 +153,8 @@ class RankPlan:
 
     @cached_property
     def digest(self) -> str:
-        content = [self.table_digest, self.reason, sorted((k, v.hex()) for k, v in self.scores.items())]
+        scores = sorted((name, value.hex()) for name, value in self.scores.items())
+        content: list[Any] = [self.table_digest, self.reason, scores]
         for index in sorted(self.changes):
             change = self.changes[index]
             content.append([index, list(change.keep), change.born, list(change.zero)])

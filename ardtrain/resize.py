@@ -142,9 +142,7 @@ class LiveArena:
         """Makes the engine and writes everything trained into it. A checkpoint load enters here."""
         device = self.world.device
         self.table, self.layout = snapshot.table, layout
-        self.engine = AdapterEngine(
-            snapshot.full.master, config=self._engine_config, adam=self._adam, device=device
-        )
+        self.engine = AdapterEngine(snapshot.full.master, config=self._engine_config, adam=self._adam, device=device)
         self.engine.restore(snapshot.full)
         self.shard = Shard(layout, self.world.global_rank, self.world.world_size)
         self.age = snapshot.age.clone()
@@ -185,9 +183,7 @@ class LiveArena:
         with _timed(seconds, "capture"):
             snapshot = self.capture()
         with _timed(seconds, "repack"):
-            snapshot, layout = repack_snapshot(
-                snapshot, self.layout, plan, self.method.init, seed=self.seed, step=step
-            )
+            snapshot, layout = repack_snapshot(snapshot, self.layout, plan, self.method.init, seed=self.seed, step=step)
         with _timed(seconds, "destroy"):
             self.engine.destroy()
         with _timed(seconds, "rebuild"):

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import logging
 import os
-import time
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from ardtrain import __version__, checkpoint, export, preflight
+from ardtrain import checkpoint, export, preflight
 from ardtrain.adapters import attach, bind_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, load_model
 from ardtrain.collectives import World, idle_share
 from ardtrain.config import (
-    ConfigError,
     RunConfig,
     adapter_settings,
     dump_config,
@@ -35,15 +36,15 @@ from ardtrain.environment import export as export_identity
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, guard_streams, replace_file, write_status
 from ardtrain.observe import RunLog, start_logging
+from ardtrain.records import Records
 from ardtrain.report import draw_ranks
-from ardtrain.resize import LiveArena, ResizeRecord, Snapshot
+from ardtrain.resize import LiveArena, Snapshot
 from ardtrain.schedule import LOSS_SCALE_START
-from ardtrain.trainer import Hooks, LoopSettings, LoopState, StepResult, Trainer
+from ardtrain.trainer import Hooks, LoopSettings, LoopState, Trainer
 
 TIMEOUT_SECONDS = 1800.0  # of a collective: the first one waits for the slowest process's loading and tokenising
 LOGITS_CHECK_BYTES = 4 << 30  # the exported adapter is run through PEFT where the base is no larger than this
 SIGNAL_FLAG = 1 << 20  # stop requests travel as a sum: STOP file 1, a signal SIGNAL_FLAG, over all processes
-LOG_SCORES_SITES = 2000
 
 _logger = logging.getLogger("ardtrain")
 
@@ -67,9 +68,7 @@ def read_run_config(path: str | Path, overrides: Sequence[str], *, world_size: i
     resolved = Path(config.output_dir) / "config.yaml"
     if config.resume_from_checkpoint is not None and config.global_batch_size is None and resolved.is_file():
         earlier = load_config(resolved)
-        config = updated(
-            config, {"global_batch_size": earlier.global_batch_size, "gradient_accumulation_steps": None}
-        )
+        config = updated(config, {"global_batch_size": earlier.global_batch_size, "gradient_accumulation_steps": None})
         notes.append(f"global_batch_size={earlier.global_batch_size} as at the first start ({resolved})")
     return with_batch(config, world_size), notes
 
@@ -81,7 +80,7 @@ def prepare(path: str | Path, overrides: Sequence[str], *, world_size: int) -> P
     plan = split_deepspeed(config, world_size=world_size, trainable_numbers=shape.num_trained)
     if config.num_grains < world_size:
         idle = world_size - config.num_grains
-        notes.append(f"{config.num_grains} grains for {world_size} processes: {idle} of them repeat work that is dropped")
+        notes.append(f"{config.num_grains} grains for {world_size} processes: {idle} repeat work that is dropped")
     elif config.num_grains % world_size:
         share = idle_share(config.num_grains, world_size)
         notes.append(f"{config.num_grains} grains over {world_size} processes: {share:.0%} of the rounds are idle")
@@ -118,31 +117,26 @@ def train(path: str | Path, overrides: Sequence[str]) -> int:
     watchdog = Watchdog(world.watchdog_store(), hosts_store=world.is_main)
     watchdog.start()
     end_logging = start_logging(run_dir, global_rank=identity.global_rank)
-    step_of_failure = 0
+    run: Run | None = None
     try:
         run = Run(prepared, world, identity, run_dir)
-        try:
-            return run.execute()
-        finally:
-            step_of_failure = run.steps_done
+        run.execute()
+        world.barrier("end of the run")
     except BaseException as error:
-        text = f"process {identity.global_rank}: {traceback.format_exc()}"
-        _logger.error(text if not isinstance(error, ConfigError) else str(error))
+        mistake = isinstance(error, ValueError)
+        _logger.error("process %d: %s", identity.global_rank, error if mistake else traceback.format_exc())
         if world.is_main:
-            write_status(run_dir, "failed", step_of_failure, error=str(error))
-        watchdog.report(text)
-        # The others may hang in a collective that this process will never join; destroying the group could hang too.
-        _leave_at_once(1)
-        raise
-    finally:
-        watchdog.stop()
-        end_logging()
-        world.leave()
+            write_status(run_dir, "failed", run.trainer.state.step if run else 0, error=str(error))
+        watchdog.report(f"process {identity.global_rank}: {error if mistake else traceback.format_exc()}")
+        # The others may hang in a collective that this process will never join; leaving the group could hang as well.
+        _exit_at_once(2 if mistake else 1)
+    watchdog.stop()
+    end_logging()
+    world.leave()
+    return 0
 
 
-def _leave_at_once(code: int) -> None:
-    import sys
-
+def _exit_at_once(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
@@ -168,6 +162,7 @@ class Run:
 
     def __init__(self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path) -> None:
         self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, run_dir
+        self.is_best = False  # did the last evaluation? then `best` names the next checkpoint
         config, shape = self.config, prepared.shape
         start_deepspeed(world.device)
         tokenizer = preflight.tokenizer_of(config)
@@ -180,7 +175,7 @@ class Run:
         self.method = preflight.make_method(config, total_steps=self.data.num_steps)
         self.resumed = self._find_checkpoint()
         if world.is_main:
-            write_status(run_dir, "started", self.steps_done)
+            write_status(run_dir, "started", self.resumed.loop["step"] if self.resumed else 0)
             if self.resumed is None:
                 replace_file(run_dir / "config.yaml", dump_config(config))
         self.arena = LiveArena(
@@ -192,13 +187,6 @@ class Run:
         )
         self._build_backbone()
         self.trainer = self._build_trainer()
-
-    @property
-    def steps_done(self) -> int:
-        trainer = getattr(self, "trainer", None)
-        if trainer is not None:
-            return int(trainer.state.step)
-        return int(self.resumed.loop["step"]) if getattr(self, "resumed", None) is not None else 0
 
     def _find_checkpoint(self) -> checkpoint.Loaded | None:
         path = checkpoint.find(self.run_dir, self.config.resume_from_checkpoint)
@@ -221,9 +209,7 @@ class Run:
         sites = self.prepared.shape.table.sites
         dropout = {s.tower: adapter_settings(config, s.tower).lora_dropout for s in sites}
         self.adapters = attach(model, sites, dropout=dropout)
-        self.backbone = BackboneEngine(
-            model, stage=plan.backbone_stage, config=plan.backbone, device=self.world.device
-        )
+        self.backbone = BackboneEngine(model, stage=plan.backbone_stage, config=plan.backbone, device=self.world.device)
 
     def _build_trainer(self) -> Trainer:
         config, loaded = self.config, self.resumed
@@ -244,15 +230,15 @@ class Run:
             max_skipped_steps=config.max_skipped_steps,
             score_at=config.score_at,
             compute_dtype=DTYPES[self.prepared.plan.compute_dtype],
+            eval_on_start=config.eval_on_start,
             eval_steps=config.eval_steps,
             save_steps=config.save_steps,
         )
-        return Trainer(
-            settings, self.world, self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data, state
-        )
+        parts = (self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data)
+        return Trainer(settings, self.world, *parts, state)
 
-    def execute(self) -> int:
-        """Trains, saves, exports; returns the exit code. All processes must call this."""
+    def execute(self) -> None:
+        """Trains, saves, exports. All processes must call this."""
         config, trainer = self.config, self.trainer
         with (
             RunLog(
@@ -265,13 +251,13 @@ class Run:
                 self.run_dir, reads_file=self.world.is_main, signals=config.preemption_signal
             ) as self.stop_request,
         ):
+            self.records = Records(self.run_dir, self.log, trainer, config)
             self._announce()
-            trainer.hooks = Hooks(self._on_step, self._on_evaluate, self._save, self._stop_flag)
+            trainer.hooks = Hooks(self.records.step, self._on_evaluate, self._save, self._stop_flag)
             flag = trainer.fit()
             code = StopCode.SIGNAL if flag >= SIGNAL_FLAG else StopCode.FILE if flag else StopCode.NONE
             difference = self._export_final() if code is StopCode.NONE else None
             self._finish(code, difference)
-        return 0
 
     def _announce(self) -> None:
         self.log.say(
@@ -282,51 +268,17 @@ class Run:
         if self.resumed is not None:
             self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")
         else:
-            self.log.ranks(0, {"event": 0, "total_rank": self.arena.table.total, "table": self.arena.table.by_name(),
-                               "digest": self.arena.table.digest})  # fmt: skip
+            self.records.start(self.arena.table)
 
     def _stop_flag(self) -> int:
         code = self.stop_request.requested()
         return SIGNAL_FLAG if code is StopCode.SIGNAL else int(code)
 
-    def _on_step(self, result: StepResult) -> None:
-        """Records of one step. The loss is on the host already; nothing here synchronises."""
-        done, trainer = result.step + 1, self.trainer
-        trainer.clock.count_tokens(result.num_tokens)
-        self.log.progress(done, loss=result.loss, learning_rate=result.lr, total_rank=self.arena.table.total)
-        if done % self.config.logging_steps == 0 or result.void or done == self.data.num_steps:
-            report = trainer.clock.report()
-            shares = {f"{n}_fraction": trainer.clock.fraction(n) for n in ("allocator", "resize")}
-            self.log.metrics(done, _loss_record(result) | report | shares)
-        if result.record is not None:
-            self._record_event(result, result.record)
-
-    def _record_event(self, result: StepResult, record: ResizeRecord) -> None:
-        before, after = record.before.by_name(), record.after.by_name()
-        changes = [
-            {"site": record.before.sites[i].name, "before": before[name], "after": after[name],
-             "pruned": before[name] - len(c.keep), "born": c.born}
-            for i, c in sorted(record.plan.changes.items())
-            for name in (record.before.sites[i].name,)
-        ]  # fmt: skip
-        event = self.trainer.state.events
-        self.log.ranks(
-            result.step + 1,
-            {"event": event, "total_rank": record.after.total, "digest": record.after.digest,
-             "reason": record.plan.reason, "scores": dict(record.plan.scores), "changes": changes,
-             "seconds": record.seconds},
-        )  # fmt: skip
-        num_sites = len(record.before.sites)
-        wanted = self.config.log_scores if self.config.log_scores is not None else num_sites < LOG_SCORES_SITES
-        if wanted and result.scores is not None and self.world.is_main:
-            _write_scores(self.run_dir / "scores" / f"event-{event}.safetensors", record, result.scores)
-
     def _on_evaluate(self, step: int, held_out: HeldOut) -> None:
-        self.log.metrics(step, {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity})
-        self.log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} tokens")
+        self.records.evaluation(step, held_out)
         best = self.trainer.state.best_loss
-        self._is_best = best is None or held_out.loss < best
-        if self._is_best:
+        self.is_best = best is None or held_out.loss < best
+        if self.is_best:
             self.trainer.state.best_loss = held_out.loss
 
     def _save(self, reason: str) -> None:
@@ -345,10 +297,10 @@ class Run:
                     identity=self.identity,
                     write_adapter=lambda folder: self._write_adapter(folder, snapshot.full.master, self.arena.layout),
                 )
-                if getattr(self, "_is_best", False):
+                if self.is_best:
                     replace_file(self.run_dir / "best", path.name + "\n")
-                    self._is_best = False
                 checkpoint.prune(self.run_dir, self.config.save_total_limit)
+            self.is_best = False
             self.world.barrier("checkpoint written")
 
     def _write_adapter(self, folder: Path, master: torch.Tensor, layout: ArenaLayout) -> None:
@@ -402,7 +354,8 @@ class Run:
         return difference
 
     def _vocab_size(self) -> int:
-        return int(self.backbone.module.get_input_embeddings().num_embeddings)
+        model: Any = self.backbone.module
+        return int(model.get_input_embeddings().num_embeddings)
 
     def _finish(self, code: StopCode, difference: float | None) -> None:
         step = self.trainer.state.step
@@ -412,66 +365,34 @@ class Run:
         if code is StopCode.NONE:
             picture = self.run_dir / "ranks.png"
             draw_ranks(self.run_dir / "ranks.jsonl", picture)
-            check = "not run through PEFT (base too large)" if difference is None else f"PEFT's logits within {difference:.1e}"
+            check = (
+                "base too large to run through PEFT" if difference is None else f"PEFT's logits: {difference:.1e} off"
+            )
             self.log.say(f"adapter: {self.run_dir / 'adapter'} ({check})\nranks: {picture}")
         else:
-            self.log.say(f"stopped at step {step} on request; the same command with resume_from_checkpoint=auto goes on")
+            self.log.say(
+                f"stopped at step {step} on request; with resume_from_checkpoint=auto the same command goes on"
+            )
         write_status(self.run_dir, STATE_AFTER[code], step, best_loss=self.trainer.state.best_loss)
 
 
 def weights_digest(snapshot: Snapshot) -> str:
     """sha256 over table, master and moments; equal on every process, or something is broken."""
-    import hashlib
-
     digest = hashlib.sha256(snapshot.table.digest.encode())
     for tensor in (snapshot.full.master, snapshot.full.exp_avg, snapshot.full.exp_avg_sq, *snapshot.entries.values()):
         digest.update((tensor + 0.0).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _loss_record(result: StepResult) -> dict[str, Any]:
-    return {
-        "loss": result.loss,
-        "extra_loss": result.extra_loss,
-        "grad_norm": result.grad_norm,
-        "learning_rate": result.lr,
-        "tokens": result.num_tokens,
-        "void": result.void,
-    }
-
-
-def _write_scores(path: Path, record: ResizeRecord, scores: torch.Tensor) -> None:
-    from safetensors.torch import save_file
-
-    table = record.before
-    means = torch.stack(
-        [scores[a:b].mean() if b > a else torch.zeros((), dtype=scores.dtype)
-         for a, b in zip(table.offsets, table.offsets[1:], strict=False)]
-    )  # fmt: skip
-    path.parent.mkdir(exist_ok=True)
-    save_file({"mean_score": means, "rank": torch.tensor(table.ranks)}, path)
-
-
 def _adam(config: RunConfig) -> AdamSettings:
     o = config.optimizer
-    return AdamSettings(tuple(o.betas), o.eps, o.weight_decay, config.offload_optimizer_kernel)
+    return AdamSettings(o.betas, o.eps, o.weight_decay, config.offload_optimizer_kernel)
 
 
 def _versions() -> dict[str, str]:
-    import deepspeed
-    import transformers
-
-    return {
-        "ardtrain": __version__,
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+    return {name: importlib.metadata.version(name) for name in ("ardtrain", "torch", "deepspeed", "transformers")}
 
 
 def _digest(config_text: str, shape: preflight.Shape, data_fingerprint: str) -> str:
-    import hashlib
-
     text = "\n".join([config_text, shape.table.digest, shape.backbone_fingerprint, data_fingerprint])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ardtrain import schedule
 from ardtrain.adapters import AdapterLinear, bind_views, drop_views
 from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
 from ardtrain.data import Batch
-from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import Grains, HeldOut, held_out_loss, token_loss_sum
 from ardtrain.methods.base import Method, Statistics
 from ardtrain.observe import Clock
@@ -25,6 +24,14 @@ from ardtrain.ranks import named_seed
 from ardtrain.resize import LiveArena, ResizeRecord
 
 MAX_REPEATS = 64  # of one step, to find an exponent or a loss scale; each lowers one of them
+
+
+class Backbone(Protocol):
+    """The frozen model (engines.BackboneEngine)."""
+
+    module: nn.Module
+
+    def release(self) -> None: ...
 
 
 class Steps(Protocol):
@@ -50,6 +57,7 @@ class LoopSettings:
     max_skipped_steps: int
     score_at: str
     compute_dtype: torch.dtype
+    eval_on_start: bool
     eval_steps: int | None
     save_steps: int | None
 
@@ -104,7 +112,7 @@ class Trainer:
 
     settings: LoopSettings
     world: World
-    backbone: BackboneEngine
+    backbone: Backbone
     adapters: Mapping[str, AdapterLinear]
     arena: LiveArena
     method: Method
@@ -118,6 +126,8 @@ class Trainer:
         """Trains to the last step or to a stop request; returns the stop flag (0: finished). All must call this."""
         self.backbone.module.train()
         total = self.settings.total_steps
+        if self.settings.eval_on_start and self.state.step == 0 and self.eval_data is not None:
+            self.hooks.on_evaluate(0, self.evaluate())
         while self.state.step < total:
             result = self.train_step()
             self.hooks.on_step(result)
@@ -156,7 +166,9 @@ class Trainer:
         if not math.isfinite(norm):
             return self._void(step, total, loss, lr)
         del leaf, views
-        before = Statistics(gradient.clone(), self.arena.engine.weights.clone()) if s.score_at == "before_step" else None
+        before = None
+        if s.score_at == "before_step":
+            before = Statistics(gradient.clone(), self.arena.engine.weights.clone())
         if s.max_grad_norm and norm > s.max_grad_norm:
             gradient.mul_(s.max_grad_norm / (norm + 1e-6))
         self.arena.engine.step(gradient, lr=lr)
@@ -205,9 +217,7 @@ class Trainer:
         device = self.world.device
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(named_seed(self.settings.seed, step, index))
-            loss = token_loss_sum(
-                self.backbone.module, batch, device=device, mask_dtype=self.settings.compute_dtype
-            )
+            loss = token_loss_sum(self.backbone.module, batch, device=device, mask_dtype=self.settings.compute_dtype)
             (gradient,) = torch.autograd.grad(loss * self.state.loss_scale, leaf, retain_graph=False)
         self.backbone.release()
         return loss.detach(), gradient

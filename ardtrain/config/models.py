@@ -193,6 +193,8 @@ class RunConfig(Block):
     deepspeed: str | dict[str, Any] | None = None
     """DeepSpeed's JSON: a name in ds_configs/, a path, or the mapping itself."""
 
+    eval_on_start: bool = False
+    """Held-out loss before the first step: the base's own, since adapters start at zero."""
     eval_steps: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)
     logging_steps: int = Field(default=10, ge=1)
@@ -260,8 +262,9 @@ class RunConfig(Block):
             errors.append(
                 f"warmup_ratio={self.warmup_ratio} stands beside warmup_steps={self.warmup_steps}; remove one"
             )
-        if self.eval_steps is not None and self.data.eval_file is None:
-            errors.append(f"eval_steps={self.eval_steps} has no rows; set data.eval_file")
+        for name in ("eval_steps", "eval_on_start"):
+            if getattr(self, name) and self.data.eval_file is None:
+                errors.append(f"{name}={getattr(self, name)} has no rows; set data.eval_file")
         return errors
 
     def _schedule_errors(self) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ardtrain.ranks import RankPlan, RankTable, Site
 
 StateKind = Literal["per_entry", "per_component", "per_site"]
-"""per_entry [n] float32, this process's shard of an arena-long array; per_component [R] float64; per_site [S] float64."""
+"""per_entry [n] float32, this process's shard of an arena-long array; per_component [R], per_site [S] float64."""
 
 
 @dataclass(frozen=True)

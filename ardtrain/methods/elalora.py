@@ -73,7 +73,7 @@ class ElaLora(FixedRank):
     def _orthogonal(self, rows: Tensor, existing: Tensor) -> Tensor:
         """[count, columns]: rows made orthogonal to `existing` [r, columns] and to each other. float64 inside."""
         stacked = torch.cat([existing, rows]).double().T  # [columns, r + count]
-        basis = torch.linalg.qr(stacked).Q[:, len(existing) :].T
+        basis: Tensor = torch.linalg.qr(stacked).Q[:, len(existing) :].T
         norm = existing.double().norm(dim=1).mean() if self.settings.newborn_norm == "mean" else 1.0
         return (basis * norm).float()
 
@@ -193,11 +193,13 @@ def reallocate(
     pruned = pruned[: len(grown)]
     if not pruned:
         return None
-    cut, lead = pruned[-1][0], pool[len(pruned)][0] if len(pool) > len(pruned) else float("inf")
+    numbers = {"highest_pruned": pruned[-1][0]}
+    if len(pool) > len(pruned):
+        numbers["lowest_kept"] = pool[len(pruned)][0]
     return prune_and_grow(
         table,
         [(index, position) for _, index, position in pruned],
         grown,
-        reason=f"elalora: {len(pruned)} components moved",
-        scores={"cut": cut, "next": lead},
+        reason=f"elalora: pruned {len(pruned)}, grew {len(grown)}",
+        scores=numbers,
     )

@@ -308,7 +308,7 @@ def test_dump_is_read_back_equal(tmp_path):
         exclude_modules=r".*\.lm_head",
         learning_rate=3e-5,
         optimizer={"eps": 1e-10},
-        data={"train_file": "ä.jsonl", "prompt_template": "{a}\n: {b}"},
+        data={"train_file": "\u00e4.jsonl", "prompt_template": "{a}\n: {b}"},
         deepspeed={"zero_optimization": {"stage": 3}},
         revision="1e5",
         log_scores=True,

@@ -135,7 +135,7 @@ def test_chat_template_that_rewrites_history_is_refused(tmp_path, tokenizer):
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last else 'x' }}{% endfor %}"
     turns = [("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "ok")]
     path = write(tmp_path / "a.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: data\.chat_template: the chat up to message 2.*generation"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: chat_template: the chat up to message 2.*generation"):
         Samples(make(path, chat_template=template, on_bad_row="skip"), tokenizer, tmp_path / "c")
 
 

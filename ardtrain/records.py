@@ -1,0 +1,96 @@
+"""What a run writes while it trains: metrics.jsonl, ranks.jsonl and the sites' mean scores. No step waits for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ardtrain.config import RunConfig
+from ardtrain.evaluation import HeldOut
+from ardtrain.observe import RunLog
+from ardtrain.ranks import RankTable
+from ardtrain.resize import ResizeRecord
+from ardtrain.trainer import StepResult, Trainer
+
+LOG_SCORES_SITES = 2000  # `log_scores` is on by default below this many sites
+
+
+class Records:
+    """Turns the loop's results into lines. Every process has one; `RunLog` writes on process 0 only."""
+
+    def __init__(self, run_dir: Path, log: RunLog, trainer: Trainer, config: RunConfig) -> None:
+        self._run_dir, self._log, self._trainer, self._config = run_dir, log, trainer, config
+
+    def start(self, table: RankTable) -> None:
+        """Line 0 of ranks.jsonl: the full table of a new run."""
+        self._log.ranks(0, {"event": 0, "total_rank": table.total, "table": table.by_name(), "digest": table.digest})
+
+    def step(self, result: StepResult) -> None:
+        """Records one step; its numbers are on the host already."""
+        done, clock = result.step + 1, self._trainer.clock
+        clock.count_tokens(result.num_tokens)
+        total_rank = self._trainer.arena.table.total
+        self._log.progress(done, loss=result.loss, learning_rate=result.lr, total_rank=total_rank)
+        last = done == self._trainer.settings.total_steps
+        if done % self._config.logging_steps == 0 or result.void or last:
+            shares = {f"{name}_fraction": clock.fraction(name) for name in ("allocator", "resize")}
+            self._log.metrics(done, _numbers(result) | clock.report() | shares)
+        if result.record is not None:
+            self._event(result, result.record)
+
+    def evaluation(self, step: int, held_out: HeldOut) -> None:
+        """Records a held-out loss and says it."""
+        self._log.metrics(step, {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity})
+        self._log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} tokens")
+
+    def _event(self, result: StepResult, record: ResizeRecord) -> None:
+        number, plan = self._trainer.state.events, record.plan
+        changes = [
+            {
+                "site": record.before.sites[i].name,
+                "before": record.before.ranks[i],
+                "after": record.after.ranks[i],
+                "pruned": record.before.ranks[i] - len(change.keep),
+                "born": change.born,
+            }
+            for i, change in sorted(plan.changes.items())
+        ]
+        line = {
+            "event": number,
+            "total_rank": record.after.total,
+            "digest": record.after.digest,
+            "reason": plan.reason,
+            "scores": dict(plan.scores),
+            "changes": changes,
+            "seconds": record.seconds,
+        }
+        self._log.ranks(result.step + 1, line)
+        wanted = self._config.log_scores
+        if wanted is None:
+            wanted = len(record.before.sites) < LOG_SCORES_SITES
+        if wanted and result.scores is not None and self._trainer.world.is_main:
+            _write_scores(self._run_dir / "scores" / f"event-{number}.safetensors", record.before, result.scores)
+
+
+def _numbers(result: StepResult) -> dict[str, float]:
+    return {
+        "loss": result.loss,
+        "extra_loss": result.extra_loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.lr,
+        "tokens": result.num_tokens,
+        "void": result.void,
+    }
+
+
+def _write_scores(path: Path, table: RankTable, scores: Tensor) -> None:
+    """Mean score of each site before the event, and its rank then."""
+    means = [
+        scores[start:stop].mean() if stop > start else scores.new_zeros(())
+        for start, stop in zip(table.offsets, table.offsets[1:], strict=False)
+    ]
+    path.parent.mkdir(exist_ok=True)
+    save_file({"mean_score": torch.stack(means), "rank": torch.tensor(table.ranks)}, path)

@@ -1,0 +1,27 @@
+"""What every test may count on: the test data's folder, one thread, the CPU unless a GPU is there."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Before any import of torch or DeepSpeed: float sums differ with the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd")):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Where examples/environment.sh builds DeepSpeed's ops ahead; elsewhere a test would compile for a minute.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+# No test reaches for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the shared test data (`e2e_nlg`, `stories260k_llama`, ...)."""
+    folder = Path(os.environ.get("ARDTRAIN_TEST_DATA", REPOSITORY.parent / "shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; set ARDTRAIN_TEST_DATA to its folder")
+    return folder

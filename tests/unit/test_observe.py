@@ -1,0 +1,112 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from ardtrain.observe import Clock, RunLog, start_logging, truncate_after
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_records_keep_all_digits_and_are_json(tmp_path):
+    with RunLog(tmp_path, is_main=True, num_steps=2, show_bar=False) as log:
+        log.metrics(1, {"loss": 0.1 + 0.2, "norm": float("nan"), "list": [float("inf"), np.float32(0.5), np.int64(3)]})
+        log.ranks(0, {"event": 0, "table": {"layers.0.q_proj": 4}})
+    assert read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 0.30000000000000004, "norm": None, "list": [None, 0.5, 3]}
+    ]
+    assert read(tmp_path / "ranks.jsonl")[0]["table"] == {"layers.0.q_proj": 4}
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    with RunLog(tmp_path, is_main=False, num_steps=2) as log:
+        log.metrics(1, {"loss": 1.0})
+        log.ranks(1, {})
+        log.progress(1, loss=1.0, learning_rate=1e-3, total_rank=8)
+        log.say("hello")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bar_shows_loss_rate_and_rank(tmp_path, capsys):
+    with RunLog(tmp_path, is_main=True, num_steps=4, first_step=2) as log:
+        log.progress(4, loss=2.34567, learning_rate=2e-4, total_rank=112)
+        log.say("a line")
+    out, err = capsys.readouterr()
+    assert out == "a line\n"
+    assert "4/4" in err
+    assert "loss 2.3457, lr 2.00e-04, total rank 112" in err
+
+
+def test_resumed_run_leaves_the_records_of_an_uninterrupted_one(tmp_path):
+    def run(folder, first, last):
+        with RunLog(folder, is_main=True, num_steps=6, first_step=first, show_bar=False) as log:
+            for step in range(first + 1, last + 1):
+                log.metrics(step, {"loss": 1 / step})
+                if step % 2 == 0:
+                    log.ranks(step, {"event": step // 2})
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    run(whole, 0, 6)
+    run(cut, 0, 5)
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # torn by a crash
+    run(cut, 3, 6)
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_new_run_in_an_old_folder_starts_its_records_anew(tmp_path):
+    (tmp_path / "ranks.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    RunLog(tmp_path, is_main=True, num_steps=1, show_bar=False).close()
+    assert (tmp_path / "ranks.jsonl").read_text() == ""
+
+
+def test_truncate_leaves_a_good_file_alone_and_names_a_bad_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    assert truncate_after(path, 3) == 0
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    inode = path.stat().st_ino
+    assert truncate_after(path, 2) == 0
+    assert path.stat().st_ino == inode
+    assert truncate_after(path, 1) == 1
+    path.write_text('{"step": 1}')  # whole, but its line end is missing: the next line would join it
+    assert truncate_after(path, 5) == 1
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl:2: not a record with a step"):
+        truncate_after(path, 5)
+
+
+def test_one_log_file_a_process_and_console_on_process_0(tmp_path, capsys):
+    for global_rank in (0, 3):
+        undo = start_logging(tmp_path, global_rank=global_rank)
+        logging.getLogger("ardtrain.data").info("dropped %d rows", global_rank)
+        logging.getLogger("elsewhere").warning("old file")
+        undo()
+    logging.getLogger("ardtrain").warning("after the end")
+    assert [path.name for path in sorted((tmp_path / "logs").iterdir())] == ["process-0000.log", "process-0003.log"]
+    text = (tmp_path / "logs/process-0003.log").read_text()
+    assert "INFO ardtrain.data: dropped 3 rows" in text
+    assert "WARNING elsewhere: old file" in text
+    assert "after the end" not in text
+    assert capsys.readouterr().out == "INFO: dropped 0 rows\n"
+
+
+def test_clock_counts_sections_and_tokens():
+    times = iter([0.0, 1.0, 3.0, 5.0, 6.0, 10.0, 10.0, 14.0])
+    clock = Clock(now=lambda: next(times))  # starts at 0
+    with clock.section("allocator"):  # 1 to 3
+        pass
+    with pytest.raises(RuntimeError, match="bad"), clock.section("allocator"):  # 5 to 6
+        raise RuntimeError("bad")
+    clock.count_tokens(100)
+    assert clock.report() == {"tokens_per_second": 10.0, "elapsed_seconds": 10.0, "allocator_seconds": 3.0}
+    assert clock.fraction("allocator") == 0.3
+    clock.count_tokens(8)
+    assert clock.report()["tokens_per_second"] == 2.0
+    assert (clock.seconds("allocator"), clock.seconds("never")) == (3.0, 0.0)
