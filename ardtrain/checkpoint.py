@@ -219,7 +219,7 @@ def load(path: Path, *, sites: tuple[Site, ...], parts: Parts, kinds: Mapping[st
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format_version {manifest['format_version']} is newer than {FORMAT_VERSION}, this ardtrain's; upgrade"
+            f"{path}: format_version {manifest['format_version']} is newer than this one, {FORMAT_VERSION}; upgrade"
         )
     for name, entry in manifest["files"].items():
         file = path / name

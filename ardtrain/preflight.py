@@ -140,8 +140,8 @@ def schedule_text(config: RunConfig, train: TrainData) -> str:
     warmup = num_warmup_steps(config, train.num_steps)
     source = f"max_steps={config.max_steps}" if config.max_steps is not None else f"{config.num_train_epochs} epochs"
     return (
-        f"schedule: {train.num_steps} steps ({source}) of {config.global_batch_size} rows in {config.num_grains} grains, "
-        f"{train.num_rows(0)} rows an epoch; warm-up {warmup} steps, then {config.lr_scheduler_type} from "
+        f"schedule: {train.num_steps} steps ({source}) of {config.global_batch_size} rows in {config.num_grains} "
+        f"grains, {train.num_rows(0)} rows an epoch; warm-up {warmup} steps, then {config.lr_scheduler_type} from "
         f"{config.learning_rate:g}"
     )
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ardtrain import checkpoint, export, preflight
+from ardtrain import __version__, checkpoint, export, preflight
 from ardtrain.adapters import attach, bind_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, load_model
@@ -390,7 +390,8 @@ def _adam(config: RunConfig) -> AdamSettings:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("ardtrain", "torch", "deepspeed", "transformers")}
+    others = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+    return {"ardtrain": __version__, **others}  # a checkout need not be installed
 
 
 def _digest(config_text: str, shape: preflight.Shape, data_fingerprint: str) -> str:

@@ -94,7 +94,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         for part in path:
             inner = block.setdefault(part, {})
             if not isinstance(inner, dict):
-                inner = block[part] = {}
+                if name.split(".")[0] != "deepspeed" or not isinstance(inner, str):
+                    raise ConfigError([f"override {name} lies inside {part}={inner}, which is no block; remove one"])
+                inner = block[part] = read_deepspeed_json(inner)  # deepspeed=NAME, then a change to that file
             block = inner
         block[last] = parse_yaml(value, source=f"override {name}")
     return nested

@@ -354,3 +354,14 @@ def test_files_that_hold_no_config(tmp_path):
 def test_config_cannot_be_changed_in_place():
     with pytest.raises(ValueError, match="frozen"):
         config_of().r = 3
+
+
+def test_override_inside_a_named_deepspeed_file_on_the_same_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\nmethod: lora\noutput_dir: o\ndata: {train_file: a.jsonl}\n")
+    nvme = "deepspeed.zero_optimization.offload_param.nvme_path"
+    config = load_config(path, ["deepspeed=zero3_nvme", f"{nvme}=/fast"])
+    assert config.deepspeed["zero_optimization"]["stage"] == 3
+    assert config.deepspeed["zero_optimization"]["offload_param"]["nvme_path"] == "/fast"
+    with pytest.raises(ConfigError, match="override seed.x lies inside seed=1"):
+        load_config(path, ["seed=1", "seed.x=2"])
