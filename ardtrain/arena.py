@@ -117,35 +117,71 @@ def sources(old: RankTable, new: RankTable) -> Tensor:
     assert old.sites == new.sites
     out: list[int] = []
     for index, births in enumerate(new.births):
-        position = {birth: old.offsets[index] + i for i, birth in enumerate(old.births[index])}
-        out += [position.get(birth, -1) for birth in births]
+        start = old.offsets[index]
+        if births == old.births[index]:
+            out += range(start, start + len(births))
+        else:
+            position = {birth: start + i for i, birth in enumerate(old.births[index])}
+            out += [position.get(birth, -1) for birth in births]
     return torch.tensor(out, dtype=torch.int64)
 
 
+class Repacking:
+    """How flat tensors of one layout become those of another; worked out once, applied to every array.
+
+    Neighbouring matrices that keep their components are copied as one run, so the cost follows the bytes and the
+    matrices that change, not the number of matrices.
+    """
+
+    def __init__(self, old: ArenaLayout, new: ArenaLayout) -> None:
+        self.new = new
+        self.source = sources(old.table, new.table)
+        self._runs: list[tuple[int, int, int]] = []  # (start in new, start in old, numbers)
+        self._gathers: list[tuple[Block, Block, Tensor, Tensor]] = []  # rows of new, rows of old
+        same = {site.module: True for site in new.table.sites}  # do all sites of the matrix keep their components?
+        for i, site in enumerate(new.table.sites):
+            same[site.module] &= old.table.births[i] == new.table.births[i]
+        before = {(b.module, b.part): b for b in old.blocks}
+        for block in new.blocks:
+            earlier = before.get((block.module, block.part))
+            if earlier is None:  # the matrix had rank 0: all rows are newborn
+                continue
+            if same[block.module]:
+                self._add_run(block.offset, earlier.offset, block.stop - block.offset)
+                continue
+            rows = self.source[block.first : block.first + block.rows]
+            alive = torch.nonzero(rows >= 0).view(-1)
+            self._gathers.append((block, earlier, alive, rows[alive] - earlier.first))
+
+    def _add_run(self, start: int, old_start: int, numbers: int) -> None:
+        if self._runs:
+            first, old_first, length = self._runs[-1]
+            gap = start - (first + length)
+            if gap < ALIGNMENT and start - first == old_start - old_first:  # only a zero gap between them
+                self._runs[-1] = (first, old_first, start - first + numbers)
+                return
+        self._runs.append((start, old_start, numbers))
+
+    def apply(self, flat: Tensor) -> Tensor:
+        """[N_new]: the survivors' rows of `flat` [N_old] to the bit, newborn rows and gaps zero. Any dtype."""
+        out = torch.zeros(self.new.size, dtype=flat.dtype, device=flat.device)
+        for start, old_start, numbers in self._runs:
+            out[start : start + numbers] = flat[old_start : old_start + numbers]
+        for block, earlier, rows, old_rows in self._gathers:
+            block.of(out)[rows.to(flat.device)] = earlier.of(flat)[old_rows.to(flat.device)]
+        return out
+
+
 def repack(flat: Tensor, old: ArenaLayout, new: ArenaLayout) -> Tensor:
-    """[N_new]: the survivors' rows of `flat` [N_old] to the bit, newborn rows and gaps zero. Any dtype."""
-    out = torch.zeros(new.size, dtype=flat.dtype, device=flat.device)
-    source = sources(old.table, new.table)
-    before = {(b.module, b.part): b for b in old.blocks}
-    for block in new.blocks:
-        earlier = before.get((block.module, block.part))
-        if earlier is None:  # the matrix had rank 0: all rows are newborn
-            continue
-        rows = source[block.first : block.first + block.rows] - earlier.first
-        alive = source[block.first : block.first + block.rows] >= 0
-        if block.rows == earlier.rows and torch.equal(rows, torch.arange(block.rows)):
-            out[block.offset : block.stop] = flat[earlier.offset : earlier.stop]
-        else:
-            device = flat.device
-            block.of(out)[alive.to(device)] = earlier.of(flat)[rows[alive].to(device)]
-    return out
+    """`Repacking` of one array."""
+    return Repacking(old, new).apply(flat)
 
 
-def repack_components(values: Tensor, old: RankTable, new: RankTable) -> Tensor:
-    """[R_new, ...] from [R_old, ...]: survivors' values, newborn 0."""
-    source = sources(old, new).to(values.device)
-    out = torch.zeros((new.total, *values.shape[1:]), dtype=values.dtype, device=values.device)
-    out[source >= 0] = values[source[source >= 0]]
+def repack_components(values: Tensor, source: Tensor) -> Tensor:
+    """[R_new, ...] from [R_old, ...] by `sources` [R_new]: survivors' values, newborn 0."""
+    out = torch.zeros((len(source), *values.shape[1:]), dtype=values.dtype, device=values.device)
+    alive = (source >= 0).to(values.device)
+    out[alive] = values[source.to(values.device)[alive]]
     return out
 
 
@@ -156,18 +192,23 @@ def fill_newborn(flat: Tensor, layout: ArenaLayout, born: Tensor, newborn: Newbo
     `newborn` so that new vectors can be orthogonal to them. One CPU generator for each site, named (seed, step, site),
     so the bits depend on no other site, process or device. Newborn rows stand behind the survivors of their site.
     """
-    for index, site in enumerate(layout.table.sites):
-        mask = born[layout.table.offsets[index] : layout.table.offsets[index + 1]]
-        count = int(mask.sum())
-        if count == 0:
-            continue
+    for index, survivors, count in _newborn_sites(layout.table, born):
+        site = layout.table.sites[index]
         rows = layout.site_rows(flat, index)
-        survivors = len(mask) - count
-        assert not bool(mask[:survivors].any()), f"{site.name}: a newborn stands before a survivor"
         generator = torch.Generator().manual_seed(named_seed(seed, step, site.name))
         existing = {part: r[:survivors].cpu() for part, r in rows.items()}
         for part, values in newborn(site, existing, count, generator).items():
             rows[part][survivors:] = values.to(flat.device, flat.dtype)
+
+
+def _newborn_sites(table: RankTable, born: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(site, survivors, newborn) of each site that has newborn components; they stand behind its survivors."""
+    flags = born.tolist()
+    for index, (start, stop) in enumerate(zip(table.offsets, table.offsets[1:], strict=False)):
+        count = sum(flags[start:stop])
+        if count:
+            assert all(flags[stop - count : stop]), f"{table.sites[index].name}: a newborn stands before a survivor"
+            yield index, stop - start - count, count
 
 
 def fill_newborn_second_moment(flat: Tensor, layout: ArenaLayout, born: Tensor) -> None:
@@ -178,12 +219,7 @@ def fill_newborn_second_moment(flat: Tensor, layout: ArenaLayout, born: Tensor) 
     Source: methods.md 5 (ours). float64 means, survivors in table order.
     """
     pools: dict[tuple[str, int], Tensor] = {}
-    for index in range(len(layout.table.sites)):
-        mask = born[layout.table.offsets[index] : layout.table.offsets[index + 1]]
-        count = int(mask.sum())
-        if count == 0:
-            continue
-        survivors = len(mask) - count
+    for index, survivors, _ in _newborn_sites(layout.table, born):
         for part, rows in layout.site_rows(flat, index).items():
             if survivors:
                 mean = rows[:survivors].double().mean(dim=0)

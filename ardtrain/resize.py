@@ -18,12 +18,11 @@ from torch import Tensor
 from ardtrain.arena import (
     ArenaLayout,
     Newborn,
+    Repacking,
     Shard,
     fill_newborn,
     fill_newborn_second_moment,
-    repack,
     repack_components,
-    sources,
 )
 from ardtrain.collectives import World
 from ardtrain.engines import AdamSettings, AdapterEngine, FullState
@@ -57,20 +56,21 @@ def repack_snapshot(
     """
     table = plan.apply(snapshot.table)
     layout = ArenaLayout(table, old.parts)
-    born = sources(snapshot.table, table) < 0
-    master = repack(snapshot.full.master, old, layout)
+    repacking = Repacking(old, layout)
+    born = repacking.source < 0
+    master = repacking.apply(snapshot.full.master)
     fill_newborn(master, layout, born, newborn, seed=seed, step=step)
-    exp_avg_sq = repack(snapshot.full.exp_avg_sq, old, layout)
+    exp_avg_sq = repacking.apply(snapshot.full.exp_avg_sq)
     fill_newborn_second_moment(exp_avg_sq, layout, born)
     _zero_masked(master, layout, plan, snapshot.table)
-    full = FullState(master, repack(snapshot.full.exp_avg, old, layout), exp_avg_sq, snapshot.full.steps)
+    full = FullState(master, repacking.apply(snapshot.full.exp_avg), exp_avg_sq, snapshot.full.steps)
     return (
         Snapshot(
             table,
             full,
-            repack_components(snapshot.age, snapshot.table, table),
-            {name: repack(values, old, layout) for name, values in snapshot.entries.items()},
-            {name: repack_components(v, snapshot.table, table) for name, v in snapshot.components.items()},
+            repack_components(snapshot.age, repacking.source),
+            {name: repacking.apply(values) for name, values in snapshot.entries.items()},
+            {name: repack_components(v, repacking.source) for name, v in snapshot.components.items()},
             dict(snapshot.sites),
         ),
         layout,

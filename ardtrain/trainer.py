@@ -162,7 +162,8 @@ class Trainer:
         if step == 0:
             self._refuse_untouched(gradient)
         extra = self._add_extra_loss(gradient, leaf, views)
-        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+        norm_and_extra = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64), extra.double()])
+        norm, extra_loss = norm_and_extra.tolist()  # the step's second and last host synchronisation
         if not math.isfinite(norm):
             return self._void(step, total, loss, lr)
         del leaf, views
@@ -178,7 +179,7 @@ class Trainer:
             self.method.after_step(step)
             scores, record = self._allocate(step)
         self.state.tokens_seen += num_tokens
-        return StepResult(step, loss, extra, norm, lr, num_tokens, False, record, scores, total.flag)
+        return StepResult(step, loss, extra_loss, norm, lr, num_tokens, False, record, scores, total.flag)
 
     def _sum_of_grains(self, step: int) -> tuple[StepSum, Tensor, dict[str, dict[str, Tensor]]]:
         """Forward and backward of this process's grains and the exact sum over all; repeated until it is valid.
@@ -222,14 +223,14 @@ class Trainer:
         self.backbone.release()
         return loss.detach(), gradient
 
-    def _add_extra_loss(self, gradient: Tensor, leaf: Tensor, views: Mapping[str, Mapping[str, Tensor]]) -> float:
-        """Adds the method's own loss's gradient, once a step, after the exact sum; returns that loss."""
+    def _add_extra_loss(self, gradient: Tensor, leaf: Tensor, views: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """Adds the method's own loss's gradient, once a step, after the exact sum; returns that loss (scalar)."""
         extra = self.method.extra_loss(views)
         if extra is None:
-            return 0.0
+            return gradient.new_zeros(())
         (own,) = torch.autograd.grad(extra, leaf)
         gradient.add_(own)
-        return float(extra.detach())
+        return extra.detach()
 
     def _allocate(self, step: int) -> tuple[Tensor | None, ResizeRecord | None]:
         """Scores, the plan and its resize, if this step has one."""

@@ -25,3 +25,11 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}; set ARDTRAIN_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def has_async_io() -> bool:
+    """Can DeepSpeed build its NVMe swapper here (Debian: libaio-dev)?"""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))

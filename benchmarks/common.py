@@ -1,0 +1,107 @@
+"""What benchmarks share: random Llamas of a given shape, a world, the machine's description, JSON results."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ardtrain.collectives import World
+from ardtrain.engines import start_deepspeed
+
+SHAPES = {
+    # hidden, layers, heads, kv heads, mlp, vocabulary
+    "256x8": (256, 8, 8, 4, 688, 2048),
+    "60m": (512, 12, 8, 8, 1408, 32000),
+    "8b": (4096, 32, 32, 8, 14336, 128256),
+}
+
+
+def random_llama(shape, *, dtype, device="cpu"):
+    """A frozen random Llama of a named shape, tied embeddings below 1B."""
+    hidden, layers, heads, kv_heads, mlp, vocab = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=hidden < 4096, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.requires_grad_(False)
+
+
+def join_world():
+    """The World of this process by torch's variables, or alone; DeepSpeed started."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = World.join(global_rank=rank, world_size=size, device=device, timeout_seconds=600)
+    start_deepspeed(device)
+    return world
+
+
+def timed(function, device):
+    """Seconds of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def summary(values):
+    """Median, least and most of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
+
+
+def machine():
+    """Where and with what the figures came about."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    names = ("torch", "deepspeed", "transformers", "peft")
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write(result, out):
+    """Prints the result as JSON and keeps it in `out` if one is given."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(text + "\n")
+
+
+def parser(description):
+    """An argument parser with --out."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--out", help="JSON file to keep the result in (benchmarks/results/...)")
+    return made

@@ -1,0 +1,150 @@
+"""The matrix of settings that must give equal bits: run by several processes, writes JSON from process 0.
+
+python -m tests.distributed.matrix CASES.json OUT.json [cpu|cuda]
+
+A case: family (what may change bits: dtype, dropout, packing, grains), and what may not: ZeRO stages, offload,
+checkpointing, where the run is cut and resumed. Every case trains ElaLoRA for 60 steps with at least 10 resizes.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ardtrain import checkpoint
+from ardtrain.collectives import World
+from ardtrain.engines import start_deepspeed
+from ardtrain.run import weights_digest
+from ardtrain.trainer import LoopState
+from tests.tiny import (
+    HeldOutBatches,
+    TokenBatches,
+    adapter_config,
+    backbone_config,
+    elalora,
+    tiny_llama,
+    tiny_trainer,
+)
+
+FAMILIES = {
+    "fp32": {"dtype": "float32", "dropout": 0.1, "packed": False, "num_grains": 12},
+    "packed": {"dtype": "float32", "dropout": 0.0, "packed": True, "num_grains": 6},
+    "bf16": {"dtype": "bfloat16", "dropout": 0.1, "packed": True, "num_grains": 6},
+}
+STEPS = 60
+IDENTITY = checkpoint.Identity("tiny", "tokens", {})
+
+
+def build(case, world):
+    """A trainer for the case; its arena is unbuilt if the case resumes."""
+    family = FAMILIES[case["family"]]
+    dtype = getattr(torch, family["dtype"])
+    zero = {}
+    if case.get("offload_param") == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    elif case.get("offload_param") == "nvme":
+        zero["offload_param"] = {"device": "nvme", "nvme_path": case["nvme_path"], "buffer_size": 1_000_000}
+    size = world.world_size
+    backbone = backbone_config(stage=case.get("stage", 0), dtype=dtype, world_size=size, **zero)
+    adapter = adapter_config(
+        stage=case.get("arena_stage", 1), offload=case.get("offload_optimizer", False), world_size=size
+    )
+    model = tiny_llama(dtype=dtype)
+    if case.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = tiny_trainer(
+        elalora(init_warmup=4, final_warmup=8, mask_interval=4, b=6, k=2),
+        world=world,
+        model=model,
+        data=TokenBatches(num_grains=family["num_grains"], packed=family["packed"]),
+        dropout=family["dropout"],
+        backbone=backbone,
+        adapter=adapter,
+        start="resume" not in case,
+        compute_dtype=dtype,
+        total_steps=STEPS,
+    )
+    trainer.eval_data = HeldOutBatches(seed=1, num_grains=5)
+    return trainer
+
+
+def resume(trainer, path):
+    """Fills the trainer from a checkpoint."""
+    method = trainer.method
+    sites = tuple(case_sites(trainer))
+    kinds = method.state_tensors()
+    loaded = checkpoint.load(path, sites=sites, parts=method.entries, kinds=kinds, identity=IDENTITY)
+    trainer.arena.build(loaded.snapshot, loaded.layout)
+    trainer.state = LoopState(**loaded.loop)
+
+
+def case_sites(trainer):
+    """The sites of the trainer's model, in base order."""
+    from ardtrain.ranks import Site
+
+    return [Site(name, name, a.in_features, a.out_features, scaling=a.scaling) for name, a in trainer.adapters.items()]
+
+
+def run_case(case, world):
+    """Losses, table digests, held-out losses and the final digest of weights and moments, as exact texts."""
+    trainer = build(case, world)
+    if "resume" in case:
+        resume(trainer, Path(case["resume"]))
+    result = {"losses": {}, "tables": {}, "held_out": {}, "events": 0}
+    start = time.perf_counter()
+    while trainer.state.step < STEPS:
+        step = trainer.train_step()
+        result["losses"][step.step] = step.loss.hex()
+        result["tables"][step.step] = trainer.arena.table.digest
+        result["events"] = trainer.state.events
+        if trainer.state.step in (20, 45):  # between training steps, with rows of other lengths
+            result["held_out"][trainer.state.step] = trainer.evaluate().loss.hex()
+        if trainer.state.step == 30 and "save" in case:
+            snapshot = trainer.arena.capture()
+            if world.is_main:
+                checkpoint.save(
+                    Path(case["save"]), snapshot, trainer.arena.layout, step=30, loop=asdict(trainer.state),
+                    identity=IDENTITY, write_adapter=lambda folder: folder.mkdir(),
+                )  # fmt: skip
+            world.barrier("saved")
+    snapshot = trainer.arena.capture()
+    result["seconds"] = time.perf_counter() - start
+    result["final"] = weights_digest(snapshot)
+    result["gathered"] = trainer.backbone.gathered_parameters()
+    world.agree("final weights", result["final"], step=STEPS)
+    trainer.arena.engine.destroy()
+    trainer.backbone.destroy()
+    return result
+
+
+def main(cases_path, out_path, device="cpu"):
+    """Runs all cases in this one start of the processes."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    target = torch.device(device) if device == "cpu" else torch.device(device, int(os.environ["LOCAL_RANK"]))
+    if device == "cuda":
+        torch.cuda.set_device(target)
+    world = World.join(
+        global_rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        device=target,
+        timeout_seconds=300,
+    )
+    start_deepspeed(target)
+    results = {}
+    for name, case in json.loads(Path(cases_path).read_text()).items():
+        results[name] = run_case(case, world)
+        if world.is_main:
+            print(name, f"{results[name]['seconds']:.1f} s", results[name]["final"][:12], flush=True)
+    if world.is_main:
+        Path(out_path).write_text(json.dumps(results))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,111 @@
+"""1 to 5 processes, every backbone and arena setting, cut and resumed elsewhere: equal to the bit.
+
+One start of the processes a world size runs all its cases. Coverage is pairwise, not every product: each value of each
+setting meets each family and each world size class. The reference is the simplest run: one process, ZeRO-0, unbroken.
+"""
+
+import json
+import time
+
+import pytest
+
+from tests.distributed.processes import run_processes
+
+pytestmark = pytest.mark.distributed
+
+Z3 = {"stage": 3}
+REFERENCE = {"fp32": {"family": "fp32"}, "packed": {"family": "packed"}, "bf16": {"family": "bf16"}}
+
+
+def cases_of(world_size, folder, nvme):
+    """The cases of one start. Checkpoints go down and up in world size: 4 -> 3 -> 2 -> 1 -> 5."""
+
+    def saved(name):
+        return str(folder / name / "checkpoint-30")
+
+    def save(name):
+        (folder / name).mkdir(exist_ok=True)
+        return str(folder / name)
+
+    off_nvme = {"offload_param": "nvme", "nvme_path": str(folder / "nvme")} if nvme else {"offload_param": "cpu"}
+    ckpt, off_opt = {"gradient_checkpointing": True}, {"offload_optimizer": True}
+    cpu, arena2 = {"offload_param": "cpu"}, {"arena_stage": 2}
+    table = {
+        4: {
+            "fp32/z3 arena2 ckpt": {"family": "fp32", **Z3, **arena2, **ckpt, "save": save("four")},
+            "packed/z3 nvme opt": {"family": "packed", **Z3, **off_nvme, **off_opt},
+            "bf16/z0 opt ckpt": {"family": "bf16", **off_opt, **ckpt},
+        },
+        3: {
+            "fp32/z0 arena2 opt": {"family": "fp32", **arena2, **off_opt},
+            "fp32/z3 cpu resumed from 4": {"family": "fp32", **Z3, **cpu, "resume": saved("four")},
+            "packed/z3 cpu arena2 ckpt": {"family": "packed", **Z3, **cpu, **arena2, **ckpt, "save": save("three")},
+            "bf16/z3 opt ckpt": {"family": "bf16", **Z3, **off_opt, **ckpt},
+        },
+        2: {
+            "fp32/z3 cpu opt ckpt": {"family": "fp32", **Z3, **cpu, **off_opt, **ckpt},
+            "packed/z0 arena2 resumed from 3": {"family": "packed", **arena2, "resume": saved("three")},
+            "bf16/z3 nvme arena2": {"family": "bf16", **Z3, **off_nvme, **arena2, "save": save("two")},
+        },
+        1: {
+            **REFERENCE,
+            "fp32/z3 nvme arena2 ckpt": {"family": "fp32", **Z3, **off_nvme, **arena2, **ckpt, "save": save("one")},
+            "bf16/z0 resumed from 2": {"family": "bf16", "resume": saved("two")},
+        },
+        5: {"fp32/z3 cpu opt resumed from 1": {"family": "fp32", **Z3, **cpu, **off_opt, "resume": saved("one")}},
+    }
+    return table[world_size]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, has_async_io):
+    folder = tmp_path_factory.mktemp("matrix")
+    (folder / "nvme").mkdir()
+    out = {}
+    for world_size in (4, 3, 2, 1, 5):
+        cases = folder / f"cases-{world_size}.json"
+        cases.write_text(json.dumps(cases_of(world_size, folder, has_async_io)))
+        answer = folder / f"results-{world_size}.json"
+        arguments = ["-m", "tests.distributed.matrix", str(cases), str(answer)]
+        start = time.monotonic()
+        ended = run_processes(world_size, arguments, folder=folder, timeout=900)
+        assert ended.codes == [0] * world_size, ended.text()
+        print(f"{world_size} processes: {time.monotonic() - start:.0f} s")
+        out[world_size] = json.loads(answer.read_text())
+    return out
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_bits_do_not_depend_on_processes_stages_or_offload(results, world_size):
+    for name, result in results[world_size].items():
+        reference = results[1][name.split("/")[0]]
+        for what in ("losses", "tables", "held_out"):  # of the steps this case ran itself
+            expected = {step: reference[what][step] for step in result[what]}
+            assert result[what] == expected, f"{world_size} processes, {name}: {what} differ"
+        assert result["final"] == reference["final"], f"{world_size} processes, {name}: weights or moments differ"
+
+
+def test_the_runs_are_long_enough_to_mean_something(results):
+    for name in REFERENCE:
+        assert results[1][name]["events"] >= 10
+        assert len(set(results[1][name]["losses"].values())) == 60
+        assert len(set(results[1][name]["tables"].values())) >= 10
+    assert len({results[1][name]["final"] for name in REFERENCE}) == len(REFERENCE)
+
+
+def test_no_parameter_stays_gathered(results):
+    assert all(r["gathered"] == 0 for by_name in results.values() for r in by_name.values())
+
+
+def test_nvme_was_in_the_matrix(has_async_io):
+    if not has_async_io:
+        pytest.skip("no libaio headers: the matrix ran its NVMe cases with CPU offload instead")
+    assert any(c.get("offload_param") == "nvme" for c in _all_cases().values())
+
+
+def _all_cases():
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        return {k: v for w in (4, 3, 2, 1, 5) for k, v in cases_of(w, Path(folder), True).items()}
