@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -28,12 +30,24 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STALE_LOCK_SECONDS = 1800.0  # a compile of one op takes up to some minutes, more on a busy machine
 
 
 def start_deepspeed(device: torch.device) -> None:
     """Hands DeepSpeed the process group that `collectives.World.join` made. All processes must call this."""
     with quiet():
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False)
+
+
+def remove_stale_locks(folder: Path) -> list[Path]:
+    """Removes lock files that a killed compile of an op left behind: the next start would wait for them for ever.
+
+    folder: where torch builds extensions (TORCH_EXTENSIONS_DIR). One process a machine calls this, before any op loads.
+    """
+    stale = [p for p in folder.glob("**/lock") if time.time() - p.stat().st_mtime > STALE_LOCK_SECONDS]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from ardtrain.config import (
     with_batch,
 )
 from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
-from ardtrain.engines import AdamSettings, BackboneEngine, start_deepspeed
+from ardtrain.engines import AdamSettings, BackboneEngine, remove_stale_locks, start_deepspeed
 from ardtrain.environment import ProcessIdentity, discover
 from ardtrain.environment import export as export_identity
 from ardtrain.evaluation import HeldOut
@@ -124,10 +124,13 @@ def train(path: str | Path, overrides: Sequence[str]) -> int:
         world.barrier("end of the run")
     except BaseException as error:
         mistake = isinstance(error, ValueError)
-        _logger.error("process %d: %s", identity.global_rank, error if mistake else traceback.format_exc())
+        text = f"process {identity.global_rank}: {error if mistake else traceback.format_exc()}"
+        _logger.error(text)  # into this process's file, and on process 0 to the console
+        if not world.is_main:
+            print(text, file=sys.stderr)
         if world.is_main:
             write_status(run_dir, "failed", run.trainer.state.step if run else 0, error=str(error))
-        watchdog.report(f"process {identity.global_rank}: {error if mistake else traceback.format_exc()}")
+        watchdog.report(text)
         # The others may hang in a collective that this process will never join; leaving the group could hang as well.
         _exit_at_once(2 if mistake else 1)
     watchdog.stop()
@@ -164,6 +167,10 @@ class Run:
         self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, run_dir
         self.is_best = False  # did the last evaluation? then `best` names the next checkpoint
         config, shape = self.config, prepared.shape
+        if identity.local_rank == 0:
+            for lock in remove_stale_locks(_extensions_folder()):
+                _logger.warning("removed %s, left by a compile that was killed", lock)
+        world.barrier("ops may be built")
         start_deepspeed(world.device)
         tokenizer = preflight.tokenizer_of(config)
         if identity.local_rank == 0:
@@ -382,6 +389,13 @@ def weights_digest(snapshot: Snapshot) -> str:
     for tensor in (snapshot.full.master, snapshot.full.exp_avg, snapshot.full.exp_avg_sq, *snapshot.entries.values()):
         digest.update((tensor + 0.0).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _extensions_folder() -> Path:
+    """Where torch builds DeepSpeed's ops at first use."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def _adam(config: RunConfig) -> AdamSettings:

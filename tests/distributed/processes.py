@@ -19,7 +19,8 @@ class Ended:
 
     def text(self):
         return "\n".join(
-            f"--- process {i}, exit {c}\n{o[-6000:]}" for i, (c, o) in enumerate(zip(self.codes, self.outputs))
+            f"--- process {i}, exit {c}\n{o[-6000:]}"
+            for i, (c, o) in enumerate(zip(self.codes, self.outputs, strict=True))
         )
 
 

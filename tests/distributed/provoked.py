@@ -1,0 +1,70 @@
+"""Runs that are made to go wrong on one process; started by test_provoked.py.
+
+python -m tests.distributed.provoked disagreement | failure CONFIG
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def disagreement():
+    """Process 1 sees one component's score otherwise at the first event: all must stop in that step."""
+    import torch
+
+    from ardtrain.collectives import World
+    from ardtrain.engines import start_deepspeed
+    from tests.tiny import CPU, elalora, tiny_trainer
+
+    torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = World.join(global_rank=rank, world_size=size, device=CPU, timeout_seconds=60)
+    start_deepspeed(CPU)
+    trainer = tiny_trainer(elalora(init_warmup=1, mask_interval=2), world=world, total_steps=60)
+    if rank == 1:
+        honest = trainer.arena.scores
+
+        def changed(step):
+            scores = honest(step)
+            scores[0] = scores.max() * 2 if scores[0] < scores.median() else 0.0
+            return scores
+
+        trainer.arena.scores = changed
+    table = trainer.arena.table
+    try:
+        for _ in range(5):
+            trainer.train_step()
+    except RuntimeError as error:
+        print(f"STEP {trainer.state.step - 1} {error}")
+        assert trainer.arena.table is table, "something was changed"
+        os._exit(3)
+
+
+def failure(config):
+    """Process 1 raises in the middle of a forward of step 3 of a whole run."""
+    import ardtrain.trainer
+    from ardtrain.cli import main
+
+    honest = ardtrain.trainer.token_loss_sum
+    calls = 0
+
+    def failing(*arguments, **settings):
+        nonlocal calls
+        calls += 1
+        if os.environ["RANK"] == "1" and calls == 5:
+            module = arguments[0]
+
+            def broken(*_):
+                Path(os.environ["FAILED_AT"]).write_text(str(time.time()))
+                raise FloatingPointError("provoked in mid-forward")
+
+            module.model.layers[1].register_forward_pre_hook(broken)
+        return honest(*arguments, **settings)
+
+    ardtrain.trainer.token_loss_sum = failing
+    sys.exit(main(["train", config]))
+
+
+if __name__ == "__main__":
+    {"disagreement": disagreement, "failure": failure}[sys.argv[1]](*sys.argv[2:])
