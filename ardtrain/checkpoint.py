@@ -101,8 +101,10 @@ def from_tensors(
                 raise CheckpointError(f"{site.name}.birth disagrees with the rank table; the checkpoint is damaged")
             age[table.offsets[i] : table.offsets[i + 1]] = _take(tensors, f"{site.name}.age", (table.ranks[i],))
     full = FullState(flats["master"], flats["exp_avg"], flats["exp_avg_sq"], steps)
-    components = {n: tensors[f"method.{n}"] for n, kind in kinds.items() if kind == "per_component"}
-    sites = {n: tensors[f"method.{n}"] for n, kind in kinds.items() if kind == "per_site"}
+    lengths = {"per_component": table.total, "per_site": len(table.sites)}
+    components, sites = (
+        {n: _take(tensors, f"method.{n}", (lengths[kind],)) for n, k in kinds.items() if k == kind} for kind in lengths
+    )
     return Snapshot(table, full, age, {n: flats[n] for n in entry_names}, components, sites)
 
 
@@ -152,11 +154,14 @@ def save(
     (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in building.rglob("*"):
         _sync(path)
+    aside = run_dir / f".{PREFIX}{step}.old"
+    remove_folder(aside)
     if final.exists():  # left by an earlier run of the same folder beyond its resume point
-        shutil.rmtree(final)
+        os.replace(final, aside)
     os.replace(building, final)
     _sync(run_dir)
     replace_file(run_dir / "latest", final.name + "\n")
+    remove_folder(aside)
     return final
 
 
@@ -173,7 +178,8 @@ def prune(run_dir: Path, limit: int | None) -> list[Path]:
     if limit is None:
         return []
     kept = {name for name in (pointed(run_dir, "latest"), pointed(run_dir, "best")) if name is not None}
-    found = sorted(run_dir.glob(f"{PREFIX}*"), key=lambda p: int(p.name.removeprefix(PREFIX)))
+    own = [p for p in run_dir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
+    found = sorted(own, key=lambda p: int(p.name.removeprefix(PREFIX)))
     removed = []
     for path in found[: max(0, len(found) - limit)]:
         if path.name not in kept:
@@ -216,7 +222,14 @@ def load(path: Path, *, sites: tuple[Site, ...], parts: Parts, kinds: Mapping[st
     Raises:
         CheckpointError: another format, a damaged file, or another run's base or data.
     """
-    manifest = json.loads((path / "manifest.json").read_text())
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        names = ("format_version", "step", "table_digest", "files", "backbone", "data")
+        missing = [name for name in names if name not in manifest]
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'manifest.json'} is no JSON ({error}); take another checkpoint") from error
+    if missing:
+        raise CheckpointError(f"{path / 'manifest.json'} lacks {', '.join(missing)}; take another checkpoint")
     if manifest["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {manifest['format_version']} is newer than this one, {FORMAT_VERSION}; upgrade"
@@ -238,6 +251,11 @@ def load(path: Path, *, sites: tuple[Site, ...], parts: Parts, kinds: Mapping[st
         table = RankTable.from_json(trainer["table"], sites)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if table.digest != manifest["table_digest"]:
+        raise CheckpointError(
+            f"{path}: its rank table belongs to sites of other shapes or scale (r, lora_alpha); resume with the "
+            "settings it was written with"
+        )
     layout = ArenaLayout(table, parts)
     with safe_open(path / "state" / "arena.safetensors", framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

@@ -165,8 +165,8 @@ class LiveArena:
             self.engine.capture(),
             self.age.clone(),
             entries,
-            {n: self.state[n].cpu() for n, kind in kinds.items() if kind == "per_component"},
-            {n: self.state[n].cpu() for n, kind in kinds.items() if kind == "per_site"},
+            {n: self.state[n].cpu().clone() for n, kind in kinds.items() if kind == "per_component"},
+            {n: self.state[n].cpu().clone() for n, kind in kinds.items() if kind == "per_site"},
         )
 
     def scores(self, step: int) -> Tensor | None:

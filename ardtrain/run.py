@@ -98,6 +98,7 @@ def validate(path: str | Path, overrides: Sequence[str]) -> str:
 def train(path: str | Path, overrides: Sequence[str]) -> int:
     """`ardtrain train CONFIG` on this process; returns the exit code. All processes of the run call it."""
     guard_streams()
+    _put_own_tools_first()
     identity = discover(os.environ)
     export_identity(identity, os.environ)
     device = _device(identity)
@@ -143,6 +144,18 @@ def _exit_at_once(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
+
+
+def _put_own_tools_first() -> None:
+    """This Python's own folder goes to the front of PATH: DeepSpeed builds ops with the first `ninja` it finds.
+
+    Under srun or an absolute python path the environment's ninja may not be found, and two ninja versions that take
+    turns (the system's, the environment's) do not read each other's log and compile every op anew, a minute each time.
+    """
+    own = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "").split(os.pathsep)
+    if path[:1] != [own]:
+        os.environ["PATH"] = os.pathsep.join([own, *path])
 
 
 def _device(identity: ProcessIdentity) -> torch.device:

@@ -23,6 +23,7 @@ from ardtrain.observe import Clock
 from ardtrain.ranks import named_seed
 from ardtrain.resize import LiveArena, ResizeRecord
 
+LOSS_SCALE_MIN = 2.0  # of fp16; 1 means no scaling and stays
 MAX_REPEATS = 64  # of one step, to find an exponent or a loss scale; each lowers one of them
 
 
@@ -157,7 +158,6 @@ class Trainer:
         )
         if not total.finite:
             return self._void(step, total, loss, lr)
-        self.state.skipped = 0
         gradient = total.gradient.div_(num_tokens * self.state.loss_scale)
         if step == 0:
             self._refuse_untouched(gradient)
@@ -166,6 +166,7 @@ class Trainer:
         norm, extra_loss = norm_and_extra.tolist()  # the step's second and last host synchronisation
         if not math.isfinite(norm):
             return self._void(step, total, loss, lr)
+        self._good_step()
         del leaf, views
         before = None
         if s.score_at == "before_step":
@@ -201,15 +202,13 @@ class Trainer:
                 if counted:
                     total.add(index, loss=loss, gradient=gradient, tokens=batch.num_target_tokens)
             result = total.reduce(self.world, flag=self.hooks.stop_flag())
-            if not result.finite and self.state.loss_scale > 1.0 and all(map(math.isfinite, result.losses)):
+            scale_can_fall = self.state.loss_scale > LOSS_SCALE_MIN and all(map(math.isfinite, result.losses))
+            if not result.finite and scale_can_fall:
                 self.state.loss_scale, self.state.good_steps = self.state.loss_scale / 2, 0
                 continue
             exponent = next_exponent(result.largest, len(grains), current=self.state.exponent)
             valid, self.state.exponent = result.valid, exponent
             if valid:
-                self.state.loss_scale, self.state.good_steps = schedule.next_loss_scale(
-                    self.state.loss_scale, self.state.good_steps
-                )
                 return result, leaf, views
         raise RuntimeError(f"step {step}: no exponent made the gradient's sum valid in {MAX_REPEATS} tries")
 
@@ -245,6 +244,12 @@ class Trainer:
             record = self.arena.apply(plan, step=step)
         self.state.events += 1
         return scores, record
+
+    def _good_step(self) -> None:
+        """Counts a step whose numbers were all finite; the next one may use another loss scale."""
+        state = self.state
+        state.skipped = 0
+        state.loss_scale, state.good_steps = schedule.next_loss_scale(state.loss_scale, state.good_steps)
 
     def _void(self, step: int, total: StepSum, loss: float, lr: float) -> StepResult:
         """A non-finite loss or gradient voids the step on all processes; too many in a row end the run."""

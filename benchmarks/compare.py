@@ -35,7 +35,13 @@ def held_out_files(data, folder):
 
 def config(data, folder, steps, r):
     """The shared YAML; what differs comes as overrides."""
-    block = {"init_warmup": steps // 10, "final_warmup": steps // 4, "mask_interval": max(2, steps // 40), "b": 4, "k": 2}
+    block = {
+        "init_warmup": steps // 10,
+        "final_warmup": steps // 4,
+        "mask_interval": max(2, steps // 40),
+        "b": 4,
+        "k": 2,
+    }
     values = {
         "model_name_or_path": str(data / "stories260k_llama"), "output_dir": "unset", "method": "lora", "r": r,
         "data": {
@@ -58,7 +64,10 @@ def one(path, folder, block, method, rate, seed, part):
         overrides.append(f"elalora={json.dumps(block)}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ARDTRAIN_CACHE": str(folder / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "ardtrain", "train", str(path), *overrides], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "ardtrain", "train", str(path), *overrides],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(f"{out}: exit {done.returncode}\n{done.stderr[-3000:]}")
@@ -82,7 +91,13 @@ def main():
     folder = Path(tempfile.mkdtemp())
     held_out_files(arguments.data, folder)
     path, block = config(arguments.data, folder, arguments.steps, arguments.r)
-    result = {"benchmark": "compare", "machine": machine(), "steps": arguments.steps, "r": arguments.r, "elalora": block}
+    result = {
+        "benchmark": "compare",
+        "machine": machine(),
+        "steps": arguments.steps,
+        "r": arguments.r,
+        "elalora": block,
+    }
     with ThreadPoolExecutor(arguments.jobs) as pool:
 
         def submit(method, rate, seed, part):

@@ -14,6 +14,8 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Where examples/environment.sh builds DeepSpeed's ops ahead; elsewhere a test would compile for a minute.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+# The environment's own ninja first: another version of it would not read this one's log and compile all ops anew.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # No test reaches for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -33,3 +35,12 @@ def has_async_io() -> bool:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """This process alone; DeepSpeed asks for LOCAL_RANK whenever an engine is made."""
+    from tests.tiny import single_world
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    return single_world()

@@ -245,9 +245,7 @@ def tiny_trainer(
         model, target_modules=target_modules, exclude_modules=None, r=r, lora_alpha=lora_alpha, tower_settings={}
     )
     adapters = attach(model, sites, dropout={"language": dropout})
-    engine = BackboneEngine(
-        model, stage=backbone["zero_optimization"]["stage"], config=backbone, device=world.device
-    )
+    engine = BackboneEngine(model, stage=backbone["zero_optimization"]["stage"], config=backbone, device=world.device)
     arena = LiveArena(method, world=world, engine_config=adapter, adam=adam or AdamSettings(), seed=settings.seed)
     if start:
         arena.start(RankTable.start(sites, ranks))

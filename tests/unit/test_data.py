@@ -141,7 +141,7 @@ def test_chat_template_that_rewrites_history_is_refused(tmp_path, tokenizer):
 
 def test_chat_needs_a_template(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "assistant", "content": "a"}]}])
-    with pytest.raises(ValueError, match="no chat template; set data.chat_template"):
+    with pytest.raises(ValueError, match="no chat template; set chat_template"):
         Samples(make(path), tokenizer, tmp_path / "c")
     with pytest.raises(ValueError, match="no Jinja template"):
         Samples(make(path, chat_template="{% for %}"), tokenizer, tmp_path / "c")
@@ -260,7 +260,7 @@ def test_settings_and_files_are_checked(tmp_path, tokenizer):
 def test_truncation_error_drop_right(tmp_path, tokenizer):
     rows = [GOOD, {"prompt": "abc", "completion": "defghi"}, {"prompt": "a" * 20, "completion": "b"}]
     settings = make(write(tmp_path / "a.jsonl", rows), max_length=8)
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the row has 11 tokens, data.max_length=8"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the row has 11 tokens, max_length=8"):
         Samples(replace(settings, truncation="error"), tokenizer, tmp_path / "c")
     dropped = Samples(settings, tokenizer, tmp_path / "c")
     assert dropped.counts == {"rows": 3, "bad": 0, "too_long": 2, "truncated": 0, "samples": 1}

@@ -1,0 +1,270 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ardtrain.adapters import (
+    AdapterLinear,
+    FrozenLinear,
+    attach,
+    bind_views,
+    drop_views,
+    linear_modules,
+    make_sites,
+    select_modules,
+)
+from ardtrain.backbones import find_sites
+from tests.tiny import equal_bits, tiny_llama
+
+I, O, R = 6, 5, 3  # noqa: E741
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def frozen(dtype=torch.float32, bias=True):
+    linear = nn.Linear(I, O, bias=bias)
+    linear.weight.data = random(O, I, seed=1)
+    if bias:
+        linear.bias.data = random(O, seed=2)
+    return linear.to(dtype).requires_grad_(False)
+
+
+def adapter(*, diagonal=True, dtype=torch.float32, bias=True, **settings):
+    out = AdapterLinear(frozen(dtype, bias), scaling=2.0, **settings)
+    out.views = {"lora_A": random(R, I, seed=3), "lora_B": random(R, O, seed=4)}
+    if diagonal:
+        out.views["diagonal"] = random(R, 1, seed=5)
+    return out.train()
+
+
+def test_plain_form():
+    layer, x = adapter(diagonal=False), random(2, 4, I)
+    a, b = layer.views["lora_A"], layer.views["lora_B"]
+    wanted = x @ layer.weight.T + layer.bias + 2.0 * (x @ a.T @ b)
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_diagonal_form():
+    layer, x = adapter(), random(2, 4, I)
+    a, b, e = (layer.views[n].double() for n in ("lora_A", "lora_B", "diagonal"))
+    delta = 2.0 * b.T @ torch.diag(e.view(-1)) @ a  # [O, I]
+    wanted = x.double() @ (layer.weight.double() + delta).T + layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rank_zero_is_the_frozen_linear(bias):
+    layer, x = adapter(bias=bias), random(2, 4, I)
+    layer.views = None
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert equal_bits(layer(x), FrozenLinear.apply(x, layer.weight, layer.bias))
+    assert "rank=0" in repr(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_gates_of_one_change_no_bit(diagonal, dtype):
+    layer, x = adapter(diagonal=diagonal, dtype=dtype), random(2, 4, I, dtype=dtype)
+    wanted = layer(x)
+    assert wanted.dtype == dtype
+    layer.gates = torch.ones(R)
+    assert equal_bits(layer(x), wanted)
+    layer.gates = torch.ones(2, 1, R)  # one vector an example
+    assert equal_bits(layer(x), wanted)
+
+
+def test_gate_of_zero_removes_its_component():
+    layer, x = adapter(), random(2, 4, I)
+    layer.gates = torch.tensor([1.0, 0.0, 1.0])
+    gated = layer(x)
+    layer.gates = None
+    layer.views = {name: rows[[0, 2]] for name, rows in layer.views.items()}
+    torch.testing.assert_close(gated, layer(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_gate_gradient_by_finite_differences(diagonal):
+    layer, x = adapter(diagonal=diagonal, dtype=torch.float64), random(2, 4, I, dtype=torch.float64)
+    layer.views = {name: rows.double() for name, rows in layer.views.items()}
+    target = random(2, 4, O, seed=9, dtype=torch.float64)
+
+    def loss(gates):
+        layer.gates = gates
+        return ((layer(x) - target) ** 2).sum()
+
+    gates = torch.ones(R, dtype=torch.float64, requires_grad=True)
+    loss(gates).backward()
+    for k in range(R):
+        step = torch.zeros(R, dtype=torch.float64)
+        step[k] = 1e-6
+        slope = (loss(torch.ones(R) + step) - loss(torch.ones(R) - step)).item() / 2e-6
+        assert gates.grad[k].item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_views_get_their_gradients_in_float32():
+    layer, x = adapter(dtype=torch.bfloat16), random(2, 4, I, dtype=torch.bfloat16)
+    layer.views = {name: rows.requires_grad_() for name, rows in layer.views.items()}
+    layer(x).float().sum().backward()
+    assert {rows.grad.dtype for rows in layer.views.values()} == {torch.float32}
+    assert all(rows.grad.any() for rows in layer.views.values())
+
+
+def test_dropout_falls_on_the_adapters_input_only_and_in_training_only():
+    layer, x = adapter(dropout=0.5), random(2, 4, I)
+    torch.manual_seed(0)
+    once, plain = layer(x), FrozenLinear.apply(x, layer.weight, layer.bias)
+    torch.manual_seed(0)
+    dropped = F.dropout(x, 0.5)
+    clean = adapter()
+    torch.testing.assert_close(once - plain, clean.product(dropped), rtol=1e-4, atol=1e-5)
+    layer.eval()
+    assert equal_bits(layer(x), clean(x))
+
+
+# ---- the frozen part ----
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, I), (2, 4, I)])
+def test_frozen_linear_has_the_gradient_of_linear(shape, bias):
+    linear = frozen(bias=bias)
+    x, y = random(*shape).requires_grad_(), random(*shape).requires_grad_()
+    factor = random(*shape[:-1], O, seed=8)
+    (FrozenLinear.apply(x, linear.weight, linear.bias) * factor).sum().backward()
+    (F.linear(y, linear.weight, linear.bias) * factor).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-6)
+    assert linear.weight.grad is None
+
+
+def test_frozen_linear_keeps_its_weight_and_nothing_else():
+    linear, x = frozen(), random(2, 4, I).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        FrozenLinear.apply(x, linear.weight, linear.bias)
+    assert [t.data_ptr() for t in kept] == [linear.weight.data_ptr()]  # neither the input nor a copy
+
+
+def test_rank_zero_adapter_keeps_no_activation():
+    layer, x = adapter(), random(2, 4, I).requires_grad_()
+    layer.views = None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert {t.data_ptr() for t in kept} == {layer.weight.data_ptr()}
+
+
+# ---- attaching ----
+
+
+def test_base_parameter_names_and_weights_stay():
+    model, plain = tiny_llama(), tiny_llama()
+    sites, _ = sites_of_model(model)
+    adapters = attach(model, sites, dropout={"language": 0.1})
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert all(equal_bits(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert list(adapters) == [s.module for s in sites]
+    assert all(model.get_submodule(name) is adapter for name, adapter in adapters.items())
+    assert {a.dropout for a in adapters.values()} == {0.1}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_views_are_never_parameters_or_buffers():
+    model = tiny_llama()
+    adapters = attach(model, sites_of_model(model)[0], dropout={})
+    before = len(list(model.parameters())), len(list(model.buffers()))
+    name = next(iter(adapters))
+    bind_views(adapters, {name: {"lora_A": torch.zeros(1, 32, requires_grad=True), "lora_B": torch.zeros(1, 32)}})
+    assert (len(list(model.parameters())), len(list(model.buffers()))) == before
+    assert adapters[name].views is not None and list(adapters.values())[1].views is None
+    drop_views(adapters)
+    assert all(a.views is None for a in adapters.values())
+
+
+def test_attached_model_without_views_gives_the_bases_logits():
+    model, plain = tiny_llama(), tiny_llama()
+    attach(model, sites_of_model(model)[0], dropout={})
+    ids = torch.arange(1, 20)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
+
+
+# ---- targets ----
+
+
+def sites_of_model(model, **changes):
+    settings = {"target_modules": "all-linear", "exclude_modules": None, "r": 4, "lora_alpha": 8.0}
+    return find_sites(model, **{**settings, "tower_settings": {}, **changes})
+
+
+def test_all_linear_is_every_linear_but_the_output_in_base_order():
+    sites, ranks = sites_of_model(tiny_llama())
+    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert [s.name for s in sites] == [f"model.layers.{i}.{p}" for i in range(2) for p in parts]
+    assert ranks == [4] * 14
+    assert {s.scaling for s in sites} == {2.0}
+    assert (sites[1].in_features, sites[1].out_features) == (32, 16)
+    assert (sites[6].in_features, sites[6].out_features) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude", "wanted"),
+    [
+        (["v_proj", "q_proj"], None, ["0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj"]),
+        (r".*layers\.1\..*(up|down)_proj", None, ["1.mlp.up_proj", "1.mlp.down_proj"]),
+        (["layers.0.mlp.up_proj"], None, ["0.mlp.up_proj"]),
+        ("all-linear", [r".*layers\.0\..*", "up_proj", "self_attn.q_proj"], ["1.self_attn.k_proj"]),
+        (["q_proj"], "layers.0.self_attn.q_proj", ["1.self_attn.q_proj"]),
+    ],
+)
+def test_targets_by_pefts_rules(target, exclude, wanted):
+    linears = linear_modules(tiny_llama(), skip=["lm_head"])
+    names = select_modules(linears, target_modules=target, exclude_modules=exclude)
+    assert [n.removeprefix("model.layers.") for n in names[: len(wanted)]] == wanted
+
+
+def test_a_suffix_is_whole_path_parts():
+    linears = {"a.xq_proj": nn.Linear(2, 2), "a.q_proj": nn.Linear(2, 2)}
+    assert select_modules(linears, target_modules=["q_proj"]) == ["a.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"target_modules": ["q_proj", "k_prj"]},
+            "target_modules='k_prj' matches no linear layer of the model; did you mean 'k_proj'. the model has "
+            "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; or use all-linear",
+        ),
+        ({"target_modules": "q_proj"}, "target_modules='q_proj' matches no linear layer"),  # a regex of whole paths
+        ({"target_modules": ["lm_head"]}, "target_modules='lm_head' matches no linear layer"),
+        (
+            {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
+            r"exclude_modules=\['self_attn.q_proj'\] removes every module that target_modules=\['q_proj'\] names",
+        ),
+        (
+            {"r": 17},
+            r"r=17 exceeds model.layers.0.self_attn.k_proj \(32 inputs, 16 outputs; rank at most 16\); lower r or drop "
+            "k_proj from target_modules",
+        ),
+        (
+            {"tower_settings": {"vision": (4, 8.0)}},
+            "targets.vision names a tower that has no targeted module; this model's towers are language",
+        ),
+    ],
+)
+def test_bad_targets_are_refused(change, text):
+    with pytest.raises(ValueError, match=text):
+        sites_of_model(tiny_llama(), **change)
+
+
+def test_tower_settings_override_rank_and_scale():
+    linears = {"vision_tower.q": nn.Linear(8, 8), "lm.q": nn.Linear(8, 8)}
+    towers = {"vision_tower.q": "vision", "lm.q": "language"}
+    sites, ranks = make_sites(
+        linears, list(linears), r=4, lora_alpha=4.0, tower_of=towers, tower_settings={"vision": (2, 8.0)}
+    )
+    assert ranks == [2, 4]
+    assert [s.scaling for s in sites] == [4.0, 1.0]
+    assert [s.tower for s in sites] == ["vision", "language"]

@@ -1,0 +1,254 @@
+import logging
+
+import pytest
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+
+from ardtrain.adapters import attach, bind_views
+from ardtrain.arena import ArenaLayout
+from ardtrain.backbones import find_sites
+from ardtrain.engines import AdamSettings, AdapterEngine, BackboneEngine, FullState, quiet
+from ardtrain.evaluation import token_loss_sum
+from ardtrain.methods.elalora import ElaLora
+from ardtrain.ranks import RankTable
+from tests.tiny import CPU, ELALORA, TokenBatches, adapter_config, backbone_config, equal_bits, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("world")
+
+SETTINGS = {
+    "stage 1": adapter_config(),
+    "stage 2": adapter_config(stage=2),
+    "stage 1, offload": adapter_config(offload=True),
+    "stage 2, offload": adapter_config(stage=2, offload=True),
+}
+each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=list(SETTINGS))
+NUMBERS = 997  # no multiple of any vector's length
+
+
+def random(seed, size=1.0):
+    return torch.randn(NUMBERS, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def adapter_engine(config, start=None, adam=None):
+    flat = random(0) if start is None else start
+    return AdapterEngine(flat, config=config, adam=adam or AdamSettings(weight_decay=0.01), device=CPU)
+
+
+def train(engine, first, last):
+    for step in range(first, last):
+        engine.step(random(100 + step, 10.0 ** -(step % 5)), lr=1e-2 / (step + 1))
+
+
+def assert_same(a, b):
+    assert a.steps == b.steps
+    for name in ("master", "exp_avg", "exp_avg_sq"):
+        assert equal_bits(getattr(a, name), getattr(b, name)), name
+
+
+# ---- the arena's engine ----
+
+
+@each_setting
+def test_gradient_reads_back_to_the_bit(config):
+    """deepspeed.md 1: a rounding setter would go unseen; tiny numbers and zeros as well."""
+    engine = adapter_engine(config)
+    for size in (1.0, 1e-12, 1e-30):
+        gradient = random(1, size)
+        gradient[::7] = 0.0
+        engine.set_gradient(gradient)
+        assert equal_bits(engine.read_gradient().reshape(-1), gradient)
+        engine._engine.step()
+    engine.destroy()
+
+
+@each_setting
+def test_step_is_torchs_adamw_to_the_bit(config):
+    engine = adapter_engine(config)
+    parameter = torch.nn.Parameter(random(0))
+    plain = torch.optim.AdamW([parameter], lr=0.0, weight_decay=0.01, foreach=False)
+    for step in range(6):
+        gradient, lr = random(100 + step, 10.0**-step), 1e-2 / (step + 1)
+        engine.step(gradient, lr=lr)
+        parameter.grad, plain.param_groups[0]["lr"] = gradient.clone(), lr
+        plain.step()
+        assert equal_bits(engine.weights, parameter.data)
+    state, captured = plain.state[parameter], engine.capture()
+    assert captured.steps == 6
+    assert equal_bits(captured.master, parameter.data + 0.0)
+    assert equal_bits(captured.exp_avg, state["exp_avg"] + 0.0)
+    assert equal_bits(captured.exp_avg_sq, state["exp_avg_sq"] + 0.0)
+    engine.destroy()
+
+
+@each_setting
+def test_restore_and_capture_round_trip_to_the_bit(config):
+    state = FullState(random(1) + 0.0, random(2, 1e-3), random(3, 1e-9).abs(), 41)
+    engine = adapter_engine(config, start=torch.zeros(NUMBERS))
+    engine.restore(state)
+    assert_same(engine.capture(), state)
+    assert equal_bits(engine.weights, state.master)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("after", SETTINGS.values(), ids=[f"then {s}" for s in SETTINGS])
+@each_setting
+def test_steps_after_a_restore_equal_the_unbroken_ones(config, after):
+    unbroken = adapter_engine(config)
+    train(unbroken, 0, 4)
+    state = unbroken.capture()
+    train(unbroken, 4, 8)
+    resumed = adapter_engine(after, start=torch.zeros(NUMBERS))
+    resumed.restore(state)
+    train(resumed, 4, 8)
+    assert_same(resumed.capture(), unbroken.capture())
+    assert equal_bits(resumed.weights, unbroken.weights)
+    unbroken.destroy()
+    resumed.destroy()
+
+
+def test_captured_tensors_are_copies():
+    engine = adapter_engine(adapter_config())
+    train(engine, 0, 2)
+    state = engine.capture()
+    before = state.master.clone(), state.exp_avg.clone()
+    train(engine, 2, 4)
+    assert equal_bits(state.master, before[0]) and equal_bits(state.exp_avg, before[1])
+    engine.destroy()
+
+
+def test_engine_does_not_change_the_tensor_it_starts_from():
+    start = random(0)
+    before = start.clone()
+    engine = adapter_engine(adapter_config(), start=start)
+    train(engine, 0, 2)
+    assert equal_bits(start, before)
+    engine.destroy()
+
+
+def test_leaf_is_the_weights_without_a_copy():
+    engine = adapter_engine(adapter_config())
+    leaf = engine.leaf()
+    assert leaf.is_leaf and leaf.requires_grad
+    assert leaf.data_ptr() == engine.weights.data_ptr()
+    engine.destroy()
+
+
+def test_rate_of_zero_moves_no_weight_even_with_decay():
+    engine = adapter_engine(adapter_config(), adam=AdamSettings(weight_decay=0.5))
+    engine.step(random(5), lr=0.0)
+    assert equal_bits(engine.weights, random(0))
+    engine.destroy()
+
+
+# ---- silence ----
+
+
+def test_quiet_restores_the_loggers_level():
+    before = deepspeed_logger.level
+    with quiet():
+        assert deepspeed_logger.level == logging.ERROR
+    assert deepspeed_logger.level == before
+    with pytest.raises(RuntimeError), quiet():
+        raise RuntimeError
+    assert deepspeed_logger.level == before
+
+
+def test_making_an_engine_prints_nothing(capfd):
+    engine = adapter_engine(adapter_config())
+    engine.restore(FullState(random(1), random(2), random(3).abs(), 4))
+    engine.destroy()
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- the backbone's engine ----
+
+
+def backbone(stage, dtype, *, checkpointing=False, **zero):
+    """(engine, loss, gradient) of one grain through adapters with numbers that matter; stage None: no engine."""
+    model = tiny_llama(dtype=dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    sites, ranks = find_sites(
+        model, target_modules="all-linear", exclude_modules=None, r=4, lora_alpha=8.0, tower_settings={}
+    )
+    adapters = attach(model, sites, dropout={})
+    engine = None
+    if stage is not None:
+        config = backbone_config(stage=stage, dtype=dtype, **zero)
+        engine = BackboneEngine(model, stage=stage, config=config, device=CPU)
+    layout = ArenaLayout(RankTable.start(sites, ranks), ElaLora(ELALORA).entries)
+    leaf = torch.zeros(layout.size)
+    for number, block in enumerate(layout.blocks):
+        block.of(leaf).normal_(0.0, 0.2, generator=torch.Generator().manual_seed(number))
+    leaf.requires_grad_()
+    bind_views(adapters, layout.views(leaf))
+    data = TokenBatches()
+    model.train()
+    loss = token_loss_sum(model, data.collate((0, 0)), device=CPU, mask_dtype=dtype)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return engine, loss.detach(), gradient
+
+
+OFFLOAD = {"offload_param": {"device": "cpu"}}
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@dtypes
+@pytest.mark.parametrize("zero", [{}, OFFLOAD], ids=["no offload", "offload"])
+def test_sharded_backbone_has_the_unsharded_buffers_loss_and_gradient(dtype, zero):
+    """deepspeed.md 3, traps 1 and 3."""
+    plain, plain_loss, plain_gradient = backbone(0, dtype)
+    sharded, loss, gradient = backbone(3, dtype, **zero)
+    wanted = dict(tiny_llama(dtype=dtype).named_buffers())
+    assert {"inv_freq" in name for name in wanted} == {True}
+    for engine in (plain, sharded):
+        buffers = dict(engine.module.named_buffers())
+        assert buffers.keys() == wanted.keys()
+        assert all(equal_bits(buffers[name], wanted[name]) for name in wanted)
+        rotary = engine.module.model.rotary_emb
+        assert equal_bits(rotary.original_inv_freq, tiny_llama(dtype=dtype).model.rotary_emb.original_inv_freq)
+    assert torch.isfinite(loss) and gradient.any()
+    assert equal_bits(loss, plain_loss)
+    assert equal_bits(gradient, plain_gradient)
+    sharded.release()
+    assert sharded.gathered_parameters() == 0
+    assert {p.ds_tensor.dtype for p in sharded.module.parameters()} == {dtype}
+    sharded.destroy()
+    plain.destroy()
+
+
+@dtypes
+def test_unsharded_engine_gives_the_loss_of_a_model_without_hooks(dtype):
+    """The hook that gives inputs their own node changes no value; sums of gradients only by their order."""
+    _, loss, gradient = backbone(0, dtype)
+    _, bare_loss, bare_gradient = backbone(None, dtype)
+    assert equal_bits(loss, bare_loss)
+    size = bare_gradient.abs().max().item()
+    torch.testing.assert_close(gradient, bare_gradient, rtol=0, atol=size * (1e-6 if dtype == torch.float32 else 3e-2))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_activation_checkpointing_changes_no_bit(stage):
+    engine, loss, gradient = backbone(stage, torch.float32)
+    engine.destroy()
+    engine, again, again_gradient = backbone(stage, torch.float32, checkpointing=True)
+    engine.release()
+    assert engine.gathered_parameters() == 0
+    engine.destroy()
+    assert equal_bits(again, loss)
+    assert equal_bits(again_gradient, gradient)
+
+
+def test_without_release_the_first_layer_stays_gathered():
+    """The trap that `release` is there for; if this fails, DeepSpeed has changed and `release` may go."""
+    engine, _, _ = backbone(3, torch.float32)
+    assert engine.gathered_parameters() > 0
+    engine.release()
+    assert engine.gathered_parameters() == 0
+    engine.destroy()
+
+
+def test_trained_base_is_refused():
+    model = tiny_llama().requires_grad_()
+    with pytest.raises(AssertionError, match="the backbone is frozen"):
+        BackboneEngine(model, stage=0, config={}, device=CPU)
