@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -27,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return verbs[verb](rest[0], rest[1:])
-    except ConfigError as error:
-        print(f"ardtrain {verb}: {len(error.errors)} mistake(s)\n{error}", file=sys.stderr)
+    except ConfigError as error:  # every process finds the same mistakes; one of them says so
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ardtrain {verb}: {len(error.errors)} mistake(s)\n{error}", file=sys.stderr)
         return 2
 
 

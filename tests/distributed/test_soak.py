@@ -13,14 +13,21 @@ pytestmark = pytest.mark.full
 
 def test_fifty_resizes_keep_memory_flat_and_collect_every_engine(world):
     trainer = tiny_trainer(
-        elalora(init_warmup=1, final_warmup=5, mask_interval=1, enable_scheduler=False, newborn_immunity=False),
+        elalora(
+            total_steps=80,
+            init_warmup=1,
+            final_warmup=5,
+            mask_interval=1,
+            enable_scheduler=False,
+            newborn_immunity=False,
+        ),
         model=tiny_llama(layers=3, hidden=64, mlp=128),
         backbone=backbone_config(stage=3),
         data=TokenBatches(num_grains=2),
         total_steps=80,
     )
     process, engines, resident = psutil.Process(), [], []
-    while trainer.state.events < 60:
+    for _ in range(80):
         step = trainer.train_step()
         if step.record is not None:
             engines.append(weakref.ref(trainer.arena.engine))
@@ -36,6 +43,6 @@ def test_fifty_resizes_keep_memory_flat_and_collect_every_engine(world):
     gc.collect()
     alive = [e for e in engines if e() is not None]
     assert alive == [engines[-1]], f"{len(alive)} of {len(engines)} engines alive"
-    after_warm_up = resident[9:60]  # 50 resizes; the first ten fill allocator pools and caches
+    after_warm_up = resident[10:]  # 50 and more resizes; the first ten fill allocator pools and caches
     assert len(after_warm_up) >= 50
     assert max(after_warm_up) / min(after_warm_up) < 1.02, [r >> 20 for r in after_warm_up]
