@@ -124,14 +124,16 @@ class World:
 class StepSum:
     """What one exact sum says, alike on every process.
 
-    gradient: [N] float64-exact sum rounded once to float32, not yet divided; losses, tokens: per grain, in grain order;
-    largest: max over grains of max|g|; valid: no overflow was possible; finite: every grain's loss and gradient were;
-    bad_grains: indices of those that were not; flag: sum of the flags that processes raised.
+    gradient: [N] float64-exact sum rounded once to float32, not yet divided; losses, tokens (targets) and processed
+    (tokens without padding): per grain, in grain order; largest: max over grains of max|g|; valid: no overflow was
+    possible; finite: every grain's loss and gradient were; bad_grains: indices of those that were not; flag: sum of the
+    flags that processes raised.
     """
 
     gradient: Tensor
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
+    processed: tuple[int, ...]
     largest: float
     valid: bool
     finite: bool
@@ -142,18 +144,19 @@ class StepSum:
 class ExactSum:
     """Accumulator of one step. `exponent` e: gradients are kept in units of 2^-e."""
 
-    COLUMNS = 3  # of the header: loss bits, bits of max|g|, tokens
+    COLUMNS = 4  # of the header: loss bits, bits of max|g|, target tokens, tokens without padding
 
     def __init__(self, numbers: int, num_grains: int, *, exponent: int, device: torch.device) -> None:
         self.numbers, self.num_grains, self.exponent = numbers, num_grains, exponent
         self._head = num_grains * self.COLUMNS + 1
         self._buffer = torch.zeros(self._head + numbers, dtype=torch.int64, device=device)
 
-    def add(self, grain: int, *, loss: Tensor, gradient: Tensor, tokens: int) -> None:
+    def add(self, grain: int, *, loss: Tensor, gradient: Tensor, tokens: int, processed: int = 0) -> None:
         """Adds one grain. No host synchronisation.
 
         Args:
-            loss: scalar, the grain's sum of token losses. gradient: [N] float32 of that sum. tokens: target tokens.
+            loss: scalar, the grain's sum of token losses. gradient: [N] float32 of that sum.
+            tokens: target tokens. processed: tokens without padding.
         """
         flat = self._buffer[self._head :]
         scale = 2.0**self.exponent
@@ -166,6 +169,7 @@ class ExactSum:
         slot[0] = loss.detach().double().view(torch.int64)
         slot[1] = largest.view(torch.int64)
         slot[2] = tokens
+        slot[3] = processed
 
     def reduce(self, world: World, *, flag: int = 0) -> StepSum:
         """All processes must call this. One all-reduce, one host synchronisation."""
@@ -186,7 +190,8 @@ class ExactSum:
         return StepSum(
             gradient=self._to_float(),
             losses=tuple(losses),
-            tokens=tuple(int(t) for t in table[:, 2].tolist()),
+            tokens=tuple(table[:, 2].tolist()),
+            processed=tuple(table[:, 3].tolist()),
             largest=largest,
             valid=valid,
             finite=not bad,

@@ -81,6 +81,7 @@ def _numbers(result: StepResult) -> dict[str, float]:
         "extra_loss": result.extra_loss,
         "grad_norm": result.grad_norm,
         "learning_rate": result.lr,
+        "target_tokens": result.num_targets,
         "tokens": result.num_tokens,
         "void": result.void,
     }

@@ -83,13 +83,14 @@ class LoopState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's numbers, alike on every process."""
+    """One step's numbers, alike on every process. num_targets: terms of the loss; num_tokens: without padding."""
 
     step: int
     loss: float
     extra_loss: float
     grad_norm: float
     lr: float
+    num_targets: int
     num_tokens: int
     void: bool
     record: ResizeRecord | None = None
@@ -147,8 +148,8 @@ class Trainer:
         step, s = self.state.step, self.settings
         total, leaf, views = self._sum_of_grains(step)
         self.state.step = step + 1
-        num_tokens = sum(total.tokens)
-        loss = math.fsum(total.losses) / max(1, num_tokens)
+        num_targets, num_tokens = sum(total.tokens), sum(total.processed)
+        loss = math.fsum(total.losses) / max(1, num_targets)
         lr = schedule.learning_rate(
             step,
             peak=s.learning_rate,
@@ -158,7 +159,7 @@ class Trainer:
         )
         if not total.finite:
             return self._void(step, total, loss, lr)
-        gradient = total.gradient.div_(num_tokens * self.state.loss_scale)
+        gradient = total.gradient.div_(num_targets * self.state.loss_scale)
         if step == 0:
             self._refuse_untouched(gradient)
         extra = self._add_extra_loss(gradient, leaf, views)
@@ -180,7 +181,7 @@ class Trainer:
             self.method.after_step(step)
             scores, record = self._allocate(step)
         self.state.tokens_seen += num_tokens
-        return StepResult(step, loss, extra_loss, norm, lr, num_tokens, False, record, scores, total.flag)
+        return StepResult(step, loss, extra_loss, norm, lr, num_targets, num_tokens, False, record, scores, total.flag)
 
     def _sum_of_grains(self, step: int) -> tuple[StepSum, Tensor, dict[str, dict[str, Tensor]]]:
         """Forward and backward of this process's grains and the exact sum over all; repeated until it is valid.
@@ -200,7 +201,8 @@ class Trainer:
                 batch = self.data.collate(grains[index])
                 loss, gradient = self._grain(step, index, batch, leaf)
                 if counted:
-                    total.add(index, loss=loss, gradient=gradient, tokens=batch.num_target_tokens)
+                    counts = {"tokens": batch.num_target_tokens, "processed": batch.num_tokens}
+                    total.add(index, loss=loss, gradient=gradient, **counts)
             result = total.reduce(self.world, flag=self.hooks.stop_flag())
             scale_can_fall = self.state.loss_scale > LOSS_SCALE_MIN and all(map(math.isfinite, result.losses))
             if not result.finite and scale_can_fall:
@@ -263,7 +265,8 @@ class Trainer:
                 f"{self.settings.max_skipped_steps} allows no more void steps in a row. Look at those samples, lower "
                 "learning_rate, or raise max_skipped_steps"
             )
-        return StepResult(step, loss, 0.0, math.nan, lr, sum(total.tokens), True, stop_flag=total.flag)
+        counts = (sum(total.tokens), sum(total.processed))
+        return StepResult(step, loss, 0.0, math.nan, lr, *counts, True, stop_flag=total.flag)
 
     def _refuse_untouched(self, gradient: Tensor) -> None:
         """At the first step every adapter must have received a gradient.

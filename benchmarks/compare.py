@@ -77,6 +77,7 @@ def one(path, folder, block, method, rate, seed, part):
         "loss": [m["eval_loss"] for m in losses if "eval_loss" in m][-1],
         "parameters": sum(t.numel() for t in adapter.values()),
         "seconds": next(m["elapsed_seconds"] for m in reversed(losses) if "elapsed_seconds" in m),
+        "allocator_fraction": next(m["allocator_fraction"] for m in reversed(losses) if "allocator_fraction" in m),
     }
 
 
@@ -114,6 +115,7 @@ def main():
             result[m] = {
                 "learning_rate": best[m], "losses": losses, "mean": statistics.mean(losses),
                 "standard_deviation": statistics.stdev(losses), "parameters": [f["parameters"] for f in figures],
+                "allocator_fraction": [f["allocator_fraction"] for f in figures],
             }  # fmt: skip
     pairs = [b - a for a, b in zip(result["lora"]["losses"], result["elalora"]["losses"], strict=True)]
     result["elalora_minus_lora"] = {"mean": statistics.mean(pairs), "standard_deviation": statistics.stdev(pairs)}

@@ -1,4 +1,6 @@
 import logging
+import os
+import time
 
 import pytest
 import torch
@@ -7,7 +9,15 @@ from deepspeed.utils import logger as deepspeed_logger
 from ardtrain.adapters import attach, bind_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import find_sites
-from ardtrain.engines import AdamSettings, AdapterEngine, BackboneEngine, FullState, quiet
+from ardtrain.engines import (
+    STALE_LOCK_SECONDS,
+    AdamSettings,
+    AdapterEngine,
+    BackboneEngine,
+    FullState,
+    quiet,
+    remove_stale_locks,
+)
 from ardtrain.evaluation import token_loss_sum
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.ranks import RankTable
@@ -252,3 +262,41 @@ def test_trained_base_is_refused():
     model = tiny_llama().requires_grad_()
     with pytest.raises(AssertionError, match="the backbone is frozen"):
         BackboneEngine(model, stage=0, config={}, device=CPU)
+
+
+# ---- what starts need ----
+
+
+def test_only_stale_locks_are_removed(tmp_path):
+    old, fresh = tmp_path / "async_io" / "lock", tmp_path / "cpu_adam" / "lock"
+    for path in (old, fresh):
+        path.parent.mkdir()
+        path.touch()
+    past = time.time() - 2 * STALE_LOCK_SECONDS
+    os.utime(old, (past, past))
+    assert remove_stale_locks(tmp_path) == [old]
+    assert not old.exists() and fresh.exists()
+
+
+def test_cpu_adam_follows_torchs_adamw(world):
+    """DeepSpeed's own kernel: close to torch's, and its state goes through capture and restore to the bit."""
+    config = adapter_config(offload=True)
+    del config["zero_force_ds_cpu_optimizer"]  # as deepspeed_config writes it for this kernel
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(1000, generator=generator)
+    gradients = [torch.randn(1000, generator=generator) for _ in range(4)]
+    weights = {}
+    for kernel, settings in (("torch", adapter_config(offload=True)), ("cpu_adam", config)):
+        engine = AdapterEngine(first, config=settings, adam=AdamSettings(kernel=kernel), device=world.device)
+        for gradient in gradients[:3]:
+            engine.step(gradient, lr=1e-2)
+        state = engine.capture()
+        other = AdapterEngine(state.master, config=settings, adam=AdamSettings(kernel=kernel), device=world.device)
+        other.restore(state)
+        for each in (engine, other):
+            each.step(gradients[3], lr=1e-2)
+        assert equal_bits(engine.weights, other.weights), kernel
+        weights[kernel] = engine.weights.clone()
+        engine.destroy()
+        other.destroy()
+    torch.testing.assert_close(weights["cpu_adam"], weights["torch"], rtol=1e-5, atol=1e-6)

@@ -49,16 +49,17 @@ def assert_same_state(a, b):
 
 def test_loss_is_the_mean_over_the_steps_target_tokens(trainers):
     trainer = trainers()
-    data, tokens, total = trainer.data, 0, 0.0
+    data, tokens, real, total = trainer.data, 0, 0, 0.0
     trainer.backbone.module.eval()
     for grain in data.grains(0):
         batch = data.collate(grain)
         total += token_loss_sum(trainer.backbone.module, batch, device=CPU, mask_dtype=torch.float32).item()
         tokens += batch.num_target_tokens
+        real += int(batch.attention_mask.sum())
     result = trainer.train_step()
-    assert result.num_tokens == tokens
+    assert (result.num_targets, result.num_tokens) == (tokens, real)
     assert result.loss == pytest.approx(total / tokens, rel=1e-6)
-    assert (result.step, trainer.state.step, trainer.state.tokens_seen) == (0, 1, tokens)
+    assert (result.step, trainer.state.step, trainer.state.tokens_seen) == (0, 1, real)
 
 
 def test_gradient_is_that_of_the_global_mean(trainers, monkeypatch):
