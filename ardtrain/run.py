@@ -21,6 +21,7 @@ from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, load_model
 from ardtrain.collectives import World, idle_share
 from ardtrain.config import (
+    ConfigError,
     RunConfig,
     adapter_settings,
     dump_config,
@@ -87,6 +88,22 @@ def prepare(path: str | Path, overrides: Sequence[str], *, world_size: int) -> P
     return Prepared(config, plan, [*notes, *plan.notes], shape)
 
 
+def refuse_used_folder(config: RunConfig) -> None:
+    """A new run must not share a folder with another run's checkpoints: a later `auto` could take the wrong one.
+
+    Raises:
+        ConfigError: output_dir holds checkpoints and the config does not resume.
+    """
+    earlier = checkpoint.pointed(Path(config.output_dir), "latest")
+    if config.resume_from_checkpoint is None and earlier is not None:
+        raise ConfigError(
+            [
+                f"output_dir={config.output_dir} holds an earlier run ({earlier}); go on with it by "
+                "resume_from_checkpoint=auto, or choose another output_dir"
+            ]
+        )
+
+
 def validate(path: str | Path, overrides: Sequence[str]) -> str:
     """`ardtrain validate CONFIG`: all checks, no weights; returns the summary. Raises ConfigError."""
     prepared = prepare(path, overrides, world_size=1)
@@ -104,6 +121,7 @@ def train(path: str | Path, overrides: Sequence[str]) -> int:
     device = _device(identity)
     prepared = prepare(path, overrides, world_size=identity.world_size)
     config = prepared.config
+    refuse_used_folder(config)
     torch.set_num_threads(config.num_threads)
     if config.reproducible:
         _choose_deterministic_kernels(device)

@@ -298,3 +298,15 @@ def test_prune_leaves_folders_that_are_not_its_own_alone(tmp_path):
     (tmp_path / "checkpoint-1-kept").mkdir()  # a user's copy
     assert [p.name for p in checkpoint.prune(tmp_path, 1)] == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1-kept").is_dir()
+
+
+def test_a_new_run_is_refused_in_a_folder_that_holds_another(tmp_path):
+    from ardtrain.config import ConfigError, parse_config
+    from ardtrain.run import refuse_used_folder
+
+    raw = {"model_name_or_path": "m", "method": "lora", "output_dir": str(tmp_path), "data": {"train_file": "a.jsonl"}}
+    refuse_used_folder(parse_config(raw))
+    (tmp_path / "latest").write_text("checkpoint-30\n")
+    with pytest.raises(ConfigError, match=r"holds an earlier run \(checkpoint-30\); go on with it by resume_from"):
+        refuse_used_folder(parse_config(raw))
+    refuse_used_folder(parse_config(raw | {"resume_from_checkpoint": "auto"}))
