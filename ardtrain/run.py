@@ -196,7 +196,7 @@ class Run:
 
     def __init__(self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path) -> None:
         self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, run_dir
-        self.is_best = False  # did the last evaluation? then `best` names the next checkpoint
+        self.best_step = -1  # of the best evaluation; `best` names the checkpoint of the same step, if there is one
         config, shape = self.config, prepared.shape
         if identity.local_rank == 0:
             for lock in remove_stale_locks(_extensions_folder()):
@@ -315,9 +315,8 @@ class Run:
     def _on_evaluate(self, step: int, held_out: HeldOut) -> None:
         self.records.evaluation(step, held_out)
         best = self.trainer.state.best_loss
-        self.is_best = best is None or held_out.loss < best
-        if self.is_best:
-            self.trainer.state.best_loss = held_out.loss
+        if best is None or held_out.loss < best:
+            self.trainer.state.best_loss, self.best_step = held_out.loss, step
 
     def _save(self, reason: str) -> None:
         """A checkpoint at this step boundary: all capture and agree, process 0 writes."""
@@ -335,10 +334,9 @@ class Run:
                     identity=self.identity,
                     write_adapter=lambda folder: self._write_adapter(folder, snapshot.full.master, self.arena.layout),
                 )
-                if self.is_best:
+                if self.best_step == step:
                     replace_file(self.run_dir / "best", path.name + "\n")
                 checkpoint.prune(self.run_dir, self.config.save_total_limit)
-            self.is_best = False
             self.world.barrier("checkpoint written")
 
     def _write_adapter(self, folder: Path, master: torch.Tensor, layout: ArenaLayout) -> None:
