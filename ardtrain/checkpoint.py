@@ -138,11 +138,13 @@ def save(
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise RuntimeError(f"step {step}: {bad[0]} holds a number that is not finite; the checkpoint was not written")
-    save_file(tensors, building / "state" / "arena.safetensors")
     trainer = {"loop": dict(loop), "adam_steps": snapshot.full.steps, "table": snapshot.table.to_json()}
     (building / "state" / "trainer.json").write_text(json.dumps(trainer))
+    arena = building / "state" / "arena.safetensors"
+    save_file(tensors, arena)
+    arena.chmod((building / "state" / "trainer.json").stat().st_mode)  # safetensors writes for the owner alone
     write_adapter(building / "adapter")
-    _compare_with_disk(building / "state" / "arena.safetensors", tensors)
+    _compare_with_disk(arena, tensors)
     files = sorted(p for p in building.rglob("*") if p.is_file())
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -74,9 +74,12 @@ def write_peft(folder: Path, master: Tensor, layout: ArenaLayout, config: Mappin
     if not tensors:
         raise ValueError("every site has rank 0: there is no adapter to export")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-    stored = load_file(folder / "adapter_model.safetensors")
+    described = folder / "adapter_config.json"
+    described.write_text(json.dumps(dict(config), indent=2) + "\n")
+    weights = folder / "adapter_model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(described.stat().st_mode)  # safetensors writes for the owner alone, whatever the umask
+    stored = load_file(weights)
     if stored.keys() != tensors.keys() or not all(torch.equal(stored[n], t) for n, t in tensors.items()):
         raise RuntimeError(f"{folder}: the adapter reads back other than written; is the disk full or failing?")
 
