@@ -36,7 +36,7 @@ def disagreement():
         for _ in range(5):
             trainer.train_step()
     except RuntimeError as error:
-        print(f"STEP {trainer.state.step - 1} {error}")
+        print(f"STEP {trainer.state.step - 1} {error}", flush=True)
         assert trainer.arena.table is table, "something was changed"
         os._exit(3)
 
