@@ -26,6 +26,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_grad,
     safe_set_full_optimizer_state,
+    set_z3_leaf_modules,
 )
 from torch import Tensor, nn
 
@@ -83,6 +84,7 @@ class BackboneEngine:
             for module in model.modules():
                 module.register_forward_pre_hook(_give_input_its_own_node)
             return
+        _gather_layers_whole(model)
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         with quiet():
             deepspeed.zero.Init(module=model, config_dict_or_path=dict(config))
@@ -108,6 +110,24 @@ class BackboneEngine:
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
+
+
+def _gather_layers_whole(model: nn.Module) -> None:
+    """Lets ZeRO-3 gather and release a decoder layer as one: one pair of hooks a layer instead of one a module.
+
+    Not under activation checkpointing: there the layer's weights would be released after the recomputation, before the
+    backward that needs them, and per-module hooks gather them again. The modules inside get the input nodes that
+    ZeRO-3's hooks would have given them, so all three ways give the same bits.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [m for m in model.modules() if type(m).__name__ in names]
+    if not layers or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        return
+    set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+    for layer in layers:
+        for module in layer.modules():
+            if module is not layer:
+                module.register_forward_pre_hook(_give_input_its_own_node)
 
 
 def _give_input_its_own_node(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -91,6 +91,12 @@ def machine():
     }
 
 
+def described(arguments):
+    """The command line's settings without this machine's paths."""
+    values = vars(arguments) | {"out": None}
+    return {k: Path(v).name if k in ("model", "data") and v else v for k, v in values.items() if v is not None}
+
+
 def write(result, out):
     """Prints the result as JSON and keeps it in `out` if one is given."""
     text = json.dumps(result, indent=1)

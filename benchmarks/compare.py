@@ -119,7 +119,7 @@ def main():
             }  # fmt: skip
     pairs = [b - a for a, b in zip(result["lora"]["losses"], result["elalora"]["losses"], strict=True)]
     result["elalora_minus_lora"] = {"mean": statistics.mean(pairs), "standard_deviation": statistics.stdev(pairs)}
-    write(result | {"arguments": {"steps": arguments.steps, "r": arguments.r}}, arguments.out)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

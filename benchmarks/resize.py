@@ -15,7 +15,7 @@ from ardtrain.methods.elalora import ElaLora, ElaLoraSettings
 from ardtrain.ranks import RankTable
 from ardtrain.resize import LiveArena
 from ardtrain.trainer import LoopSettings, Trainer
-from benchmarks.common import SHAPES, join_world, machine, parser, random_llama, summary, timed, write
+from benchmarks.common import SHAPES, described, join_world, machine, parser, random_llama, summary, timed, write
 from tests.tiny import TokenBatches
 
 CAUSES = ("agree", "capture", "repack", "destroy", "rebuild")
@@ -105,7 +105,7 @@ def main():
     floor = bytes_seconds(trainer.arena.layout.size, world.device)
     step, total = summary(steps[2:]), summary(totals)
     result = {
-        "benchmark": "resize", "machine": machine(), "arguments": vars(arguments), "processes": world.world_size,
+        "benchmark": "resize", "machine": machine(), "arguments": described(arguments), "processes": world.world_size,
         "trained_numbers": trainer.arena.layout.num_trained, "events": len(resizes),
         "step_seconds": step, "resize_seconds": total,
         "by_cause": {c: summary([r[c] for r in resizes]) for c in CAUSES},

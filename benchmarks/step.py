@@ -20,7 +20,7 @@ from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
 from ardtrain.resize import LiveArena
 from ardtrain.trainer import Trainer
-from benchmarks.common import SHAPES, join_world, machine, parser, random_llama, summary, timed, write
+from benchmarks.common import SHAPES, described, join_world, machine, parser, random_llama, summary, timed, write
 from benchmarks.resize import settings
 from tests.tiny import TokenBatches
 
@@ -34,8 +34,8 @@ class FloatSum(ExactSum):
         super().__init__(0, num_grains, exponent=exponent, device=device)
         self._sum = torch.zeros(numbers, device=device)
 
-    def add(self, grain, *, loss, gradient, tokens):
-        super().add(grain, loss=loss, gradient=gradient[:0], tokens=tokens)
+    def add(self, grain, *, gradient, **numbers):
+        super().add(grain, gradient=gradient[:0], **numbers)
         self._sum += gradient
 
     def reduce(self, world, *, flag=0):
@@ -143,7 +143,7 @@ def main():
     exact = [a / b for a, b in zip(seconds["ours"], seconds["float_sums"], strict=True)]
     sums = sum_seconds(trainer, world)
     result = {
-        "benchmark": "step", "machine": machine(), "arguments": vars(arguments), "processes": world.world_size,
+        "benchmark": "step", "machine": machine(), "arguments": described(arguments), "processes": world.world_size,
         "trained_numbers": {"ours": trainer.arena.layout.num_trained, "peft": peft_numbers},
         "seconds_a_step": {kind: summary(values) for kind, values in seconds.items()},
         "ours_over_peft": summary(ratio), "exact_over_float_step": summary(exact),

@@ -300,3 +300,15 @@ def test_cpu_adam_follows_torchs_adamw(world):
         engine.destroy()
         other.destroy()
     torch.testing.assert_close(weights["cpu_adam"], weights["torch"], rtol=1e-5, atol=1e-6)
+
+
+def test_layers_are_gathered_whole_unless_checkpointed():
+    from deepspeed.utils import z3_leaf_module
+
+    for checkpointed in (False, True):
+        model = tiny_llama()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        engine = BackboneEngine(model, stage=3, config=backbone_config(stage=3), device=CPU)
+        assert [z3_leaf_module(layer) for layer in model.model.layers] == [not checkpointed] * 2
+        engine.destroy()
