@@ -50,13 +50,23 @@ def _without_launcher_flags(arguments: list[str]) -> list[str]:
     return kept
 
 
+def _name_the_accelerator() -> None:
+    """Without a GPU DeepSpeed, at its import, warns and guesses: tell it first."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _train(config: str, overrides: list[str]) -> int:
+    _name_the_accelerator()
     from ardtrain.run import train
 
     return train(config, overrides)
 
 
 def _validate(config: str, overrides: list[str]) -> int:
+    _name_the_accelerator()
     from ardtrain.run import validate
 
     print(validate(config, overrides))
