@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,11 +122,6 @@ def tower_of(module: str) -> str:
     if module.startswith(PROJECTOR_PREFIXES):
         return "projector"
     return "language"
-
-
-def is_local(source: ModelSource) -> bool:
-    """Is the model a folder on this machine?"""
-    return Path(source.name_or_path).is_dir()
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -236,8 +235,3 @@ def idle_share(num_grains: int, world_size: int) -> float:
     """Share of the processes' rounds that repeat a grain and are dropped."""
     rounds = -(-num_grains // world_size)
     return 1.0 - num_grains / (rounds * world_size) if rounds else 0.0
-
-
-def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """[N] the arena's gradient with those of gates and other leaves behind it; the one tensor if there is only one."""
-    return parts[0] if len(parts) == 1 else torch.cat([p.reshape(-1) for p in parts])

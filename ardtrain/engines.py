@@ -210,8 +210,7 @@ class AdapterEngine:
         """One AdamW step with this gradient [N] float32. All processes must call this."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.backward(self._engine.module())
-        safe_set_full_grad(self._parameter, gradient)
+        self.set_gradient(gradient)
         self._engine.step()
 
     def read_gradient(self) -> Tensor:
@@ -219,7 +218,7 @@ class AdapterEngine:
         return safe_get_full_grad(self._parameter)
 
     def set_gradient(self, gradient: Tensor) -> None:
-        """The first half of `step`: for the check that set and read back give equal bits."""
+        """Puts the exactly summed gradient [N] in the place of a zero loss's. All processes must call this."""
         self._engine.backward(self._engine.module())
         safe_set_full_grad(self._parameter, gradient)
 

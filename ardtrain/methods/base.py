@@ -24,8 +24,8 @@ StateKind = Literal["per_entry", "per_component", "per_site"]
 class Needs:
     """Read once before the run.
 
-    gates: the method wants dL/dgate of `gates(table)`; scores_every: the loop gathers `local_scores` at steps where
-    `scores_due(step)` holds, False for methods without scores; held_out: the method evaluates on held-out data.
+    gates: the method wants dL/dgate of `gates(table)`; scores: it plans from component scores, gathered where
+    `due` holds; held_out: it evaluates on held-out data.
     """
 
     gates: bool = False
