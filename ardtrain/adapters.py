@@ -1,9 +1,9 @@
-"""AdapterLinear: a frozen linear and a low-rank product beside it, and how sites are found in a model.
+"""AdapterLinear and its forms: a frozen linear and a low-rank product beside it; and how sites are found in a model.
 
 An `AdapterLinear` adopts the linear's own `weight` and `bias`, so the base's parameter names stay. The trained numbers
 are never its parameters: the loop hands it views of the arena as plain tensors, so ZeRO-3 sees only frozen weights.
 
-Letters: B batch, T tokens, I in, O out, R components.
+Letters: B batch, T tokens, N = B T, I in, O out, R components, H heads, c largest rank of a head, D numbers of a head.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ardtrain.ranks import Site
+from ardtrain.arena import ArenaLayout
+from ardtrain.heads import Heads, HeadSide
+from ardtrain.ranks import Dense, Site
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -48,6 +50,7 @@ class AdapterLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    gates_per_component = 1
 
     def __init__(self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -58,6 +61,15 @@ class AdapterLinear(nn.Module):
         self.dropout = dropout
         self.views: Mapping[str, Tensor] | None = None
         self.gates: Tensor | None = None  # [R], or [B, 1, R] for one vector an example
+
+    def bind(self, views: Mapping[str, Tensor] | None, ranks: tuple[int, ...], gates: Tensor | None = None) -> None:
+        """Takes this step's numbers.
+
+        Args:
+            views: part -> view of the leaf; None: no components. ranks: rank of each of the matrix's sites.
+            gates: [R] float32, or None.
+        """
+        self.views, self.gates = views, gates
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """[B, T, I] -> [B, T, O]; any leading dimensions."""
@@ -72,23 +84,165 @@ class AdapterLinear(nn.Module):
         dtype = x_BTI.dtype
         x_BTI = F.dropout(x_BTI, self.dropout, self.training)
         hidden = x_BTI @ self.views["lora_A"].to(dtype).t()  # [B, T, R]
+        return self.scaled(hidden) @ self.views["lora_B"].to(dtype)
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """[B, T, R] times scaling, diagonal and gates; in the dtype it came in."""
+        assert self.views is not None
         diagonal = self.views.get("diagonal")
         if diagonal is None and self.gates is None:
-            hidden = hidden * self.scaling
-        else:
-            middle = self.scaling if diagonal is None else diagonal.view(-1) * self.scaling
-            hidden = (hidden * (middle if self.gates is None else middle * self.gates)).to(dtype)
-        return hidden @ self.views["lora_B"].to(dtype)
+            return hidden * self.scaling
+        middle = self.scaling if diagonal is None else diagonal.view(-1) * self.scaling
+        return (hidden * (middle if self.gates is None else middle * self.gates)).to(hidden.dtype)
 
     def extra_repr(self) -> str:
         rank = 0 if self.views is None else len(self.views["lora_A"])
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={rank}"
 
 
-def attach(model: nn.Module, sites: Sequence[Site], *, dropout: Mapping[str, float]) -> dict[str, AdapterLinear]:
+class DoraLinear(AdapterLinear):
+    """DoRA (arXiv 2402.09353): `m * (W x + s B A x) / ||W + s B A|| + bias`, norm over the inputs of each output.
+
+    The norm is not differentiated (section 4.3 of the paper). It needs no [O, I] product: with w = ||W||^2 known,
+    `||W + s B A||^2 = w + 2 s (W A^T) . B + s^2 (B A A^T) . B` costs R columns. It depends on the step's weights only,
+    so the grains of a step share it; W is read in the forward, where ZeRO-3 has gathered it.
+    """
+
+    def __init__(self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(linear, scaling=scaling, dropout=dropout)
+        self._squares = linear.weight.detach().double().square().sum(dim=1).float()  # [O], before W is sharded
+        self._norm: Tensor | None = None
+
+    @property
+    def first_magnitude(self) -> Tensor:
+        """[O] float32: the norm of W, so that the layer starts as the base's."""
+        return self._squares.sqrt()
+
+    def bind(self, views: Mapping[str, Tensor] | None, ranks: tuple[int, ...], gates: Tensor | None = None) -> None:
+        super().bind(views, ranks, gates)
+        self._norm = None
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        if self.views is None:
+            return super().forward(x_BTI)
+        if self._norm is None:
+            self._norm = self.column_norm()
+        whole = FrozenLinear.apply(x_BTI, self.weight, None) + self.product(x_BTI)
+        out: Tensor = (whole * (self.views["magnitude"].view(-1) / self._norm)).to(x_BTI.dtype)
+        return out if self.bias is None else out + self.bias
+
+    @torch.no_grad()
+    def column_norm(self) -> Tensor:
+        """[O] float32: ||W + s B A|| of each output; products with W in its dtype, sums in float32."""
+        assert self.views is not None
+        if self._squares.device != self.weight.device:
+            self._squares = self._squares.to(self.weight.device)
+        a, b = self.views["lora_A"].detach().float(), self.views["lora_B"].detach().float()  # [R, I], [R, O]
+        crossed = (self.weight @ a.to(self.weight.dtype).t()).float()  # [O, R]
+        s = self.scaling
+        inner = (2.0 * s * crossed + (s * s) * (b.t() @ (a @ a.t()))) * b.t()
+        return (self._squares + inner.sum(dim=1)).clamp_min(1e-20).sqrt()
+
+
+class HeadLinear(AdapterLinear):
+    """Each head owns its A and its B (ARD-LoRA, methods.md 1.3 H1, layout own_a).
+
+    Output side (q, k, v): one GEMM with all rows of A, one batched GEMM with each head's B [r, d]. Input side (o): one
+    batched GEMM with each head's A [r, d], one GEMM with all rows of B. Heads of unlike rank are padded to the largest
+    with zero rows; no block-diagonal matrix is ever made.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0, num_heads: int, side: HeadSide
+    ) -> None:
+        super().__init__(linear, scaling=scaling, dropout=dropout)
+        self.num_heads, self.side = num_heads, side
+        self._rows: Tensor | None = None  # [R] int64: each component's place among heads x largest rank; None: its own
+        self._largest = 0
+
+    def bind(self, views: Mapping[str, Tensor] | None, ranks: tuple[int, ...], gates: Tensor | None = None) -> None:
+        super().bind(views, ranks, gates)
+        self._largest, self._rows = max(ranks), None
+        if views is not None and any(r != self._largest for r in ranks):
+            places = [h * self._largest + i for h, r in enumerate(ranks) for i in range(r)]
+            self._rows = torch.tensor(places, device=views["lora_A"].device)
+
+    def product(self, x_BTI: Tensor) -> Tensor:
+        assert self.views is not None
+        dtype, lead = x_BTI.dtype, x_BTI.shape[:-1]
+        x_NI = F.dropout(x_BTI, self.dropout, self.training).flatten(0, -2)
+        a, b = self.views["lora_A"].to(dtype), self.views["lora_B"].to(dtype)
+        heads, largest = self.num_heads, self._largest
+        if self.side == "out":
+            hidden = self._padded(self._gated(x_NI @ a.t(), lead), -1).view(-1, heads, largest)
+            b_HcD = self._padded(b, 0).view(heads, largest, -1)
+            out = torch.bmm(hidden.transpose(0, 1), b_HcD).transpose(0, 1)  # [N, H, d]
+            return out.reshape(*lead, self.out_features)
+        x_HND = x_NI.view(len(x_NI), heads, -1).transpose(0, 1)
+        a_HDc = self._padded(a, 0).view(heads, largest, -1).transpose(1, 2)
+        hidden = torch.bmm(x_HND, a_HDc).transpose(0, 1).reshape(len(x_NI), heads * largest)
+        if self._rows is not None:
+            hidden = hidden.index_select(-1, self._rows)
+        return (self._gated(hidden, lead) @ b).view(*lead, self.out_features)
+
+    def _gated(self, hidden_NR: Tensor, lead: torch.Size) -> Tensor:
+        """Scaling and gates; per-example gates see the leading dimensions."""
+        return self.scaled(hidden_NR.view(*lead, -1)).view(hidden_NR.shape)
+
+    def _padded(self, values: Tensor, dim: int) -> Tensor:
+        """Zeros between the heads' rows, up to the largest rank. Backward selects: no sums, so bits are repeatable."""
+        if self._rows is None:
+            return values
+        shape = list(values.shape)
+        shape[dim] = self.num_heads * self._largest
+        return values.new_zeros(shape).index_copy(dim, self._rows, values)
+
+
+class SharedHeadLinear(AdapterLinear):
+    """Heads share A (q, k, v) or B (o) and mask the other side (methods.md 1.3 H1, layout shared_a).
+
+    A component belongs to the matrix; its gates are one a head, [R, H]. With all gates 1 this is plain LoRA.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0, num_heads: int, side: HeadSide
+    ) -> None:
+        super().__init__(linear, scaling=scaling, dropout=dropout)
+        self.gates_per_component, self.side = num_heads, side
+
+    def product(self, x_BTI: Tensor) -> Tensor:
+        assert self.views is not None
+        dtype = x_BTI.dtype
+        x_BTI = F.dropout(x_BTI, self.dropout, self.training)
+        hidden = x_BTI @ self._masked("lora_A").to(dtype).t() * self.scaling
+        return hidden @ self._masked("lora_B").to(dtype)
+
+    def _masked(self, part: str) -> Tensor:
+        """[R, H d]: the rows that are each head's own, times its gates; anew in each grain, whose backward frees it."""
+        assert self.views is not None
+        rows = self.views[part]
+        if self.gates is None or part != ("lora_B" if self.side == "out" else "lora_A"):
+            return rows
+        by_head = rows.view(len(rows), self.gates_per_component, -1) * self.gates.view(len(rows), -1, 1)
+        return by_head.view(rows.shape)
+
+
+Form = Literal["plain", "dora", "own_a", "shared_a"]
+
+
+def attach(
+    model: nn.Module,
+    sites: Sequence[Site],
+    *,
+    dropout: Mapping[str, float],
+    form: Form = "plain",
+    heads: Mapping[str, Heads] | None = None,
+) -> dict[str, AdapterLinear]:
     """Puts an AdapterLinear in the place of each site's linear; module path -> adapter, in base order.
 
-    dropout: by tower, of the adapter's input; towers that are not in it have none.
+    Args:
+        dropout: by tower, of the adapter's input; towers that are not in it have none.
+        form: of the product; own_a and shared_a for the matrices in `heads`, plain for the others.
     """
     out: dict[str, AdapterLinear] = {}
     for site in sites:
@@ -96,22 +250,107 @@ def attach(model: nn.Module, sites: Sequence[Site], *, dropout: Mapping[str, flo
             continue
         parent_name, _, child = site.module.rpartition(".")
         parent = model.get_submodule(parent_name)
-        adapter = AdapterLinear(getattr(parent, child), scaling=site.scaling, dropout=dropout.get(site.tower, 0.0))
+        linear, geometry = getattr(parent, child), (heads or {}).get(site.module)
+        common: dict[str, Any] = {"scaling": site.scaling, "dropout": dropout.get(site.tower, 0.0)}
+        if form == "dora":
+            adapter: AdapterLinear = DoraLinear(linear, **common)
+        elif form == "own_a" and geometry is not None:
+            adapter = HeadLinear(linear, **common, num_heads=geometry.count, side=geometry.side)
+        elif form == "shared_a" and geometry is not None:
+            adapter = SharedHeadLinear(linear, **common, num_heads=geometry.count, side=geometry.side)
+        else:
+            adapter = AdapterLinear(linear, **common)
         adapter.train(parent.training)
         setattr(parent, child, adapter)
         out[site.module] = adapter
     return out
 
 
-def bind_views(adapters: Mapping[str, AdapterLinear], views: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Hands each adapter its views of the leaf; adapters without components get None."""
+class DenseLinear(nn.Module):
+    """A linear that is trained in full: its weight and bias are views of the arena, cast to the compute dtype.
+
+    Its own parameters are gone from the model, so ZeRO-3 neither shards nor gathers them.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.first = {"weight": linear.weight.detach().float().clone()}  # part -> first values
+        if linear.bias is not None:
+            self.first["bias"] = linear.bias.detach().float().clone()
+        self.views: Mapping[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        bias = self.views.get("bias")
+        weight = self.views["weight"].to(x.dtype)
+        # By matmul, not F.linear: zero.Init replaces that one in the whole process.
+        out = torch.matmul(x, weight.t())
+        return out if bias is None else out + bias.view(-1).to(x.dtype)
+
+
+def attach_dense(model: nn.Module, modules: Sequence[str]) -> dict[str, DenseLinear]:
+    """Puts a DenseLinear in the place of each of these linears."""
+    out: dict[str, DenseLinear] = {}
+    for name in modules:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        out[name] = DenseLinear(getattr(parent, child))
+        setattr(parent, child, out[name])
+    return out
+
+
+def dense_entries(linears: Mapping[str, nn.Linear]) -> tuple[Dense, ...]:
+    """The arena's entries for linears that are trained in full; works on the meta device."""
+    out = []
+    for name, linear in linears.items():
+        out.append(Dense(name, "weight", linear.out_features, linear.in_features))
+        if linear.bias is not None:
+            out.append(Dense(name, "bias", 1, linear.out_features))
+    return tuple(out)
+
+
+def first_dense(adapters: Mapping[str, AdapterLinear | DenseLinear]) -> dict[tuple[str, str], Tensor]:
+    """First values of the dense entries by (module, part): magnitudes and trained linears."""
+    out: dict[tuple[str, str], Tensor] = {}
+    for name, adapter in adapters.items():
+        if isinstance(adapter, DoraLinear):
+            out[name, "magnitude"] = adapter.first_magnitude
+        elif isinstance(adapter, DenseLinear):
+            out |= {(name, part): values for part, values in adapter.first.items()}
+    return out
+
+
+def bind_arena(
+    adapters: Mapping[str, AdapterLinear | DenseLinear], layout: ArenaLayout, leaf: Tensor, gates: Tensor | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Hands each adapter its views of the leaf [N] and its part of the gates; returns the views by module and part.
+
+    gates: as a method orders them (base.Method.gates), or None. Adapters without components get None.
+    """
+    views = layout.views(leaf)
+    pieces: dict[str, Tensor] = {}
+    if gates is not None:
+        owners = [(m, a) for m, a in adapters.items() if isinstance(a, AdapterLinear)]
+        sizes = [layout.positions(m)[1] * a.gates_per_component for m, a in owners]
+        pieces = dict(zip((m for m, _ in owners), torch.split(gates, sizes), strict=True))
     for module, adapter in adapters.items():
-        adapter.views = views.get(module)
+        own = views.get(module)
+        if isinstance(adapter, DenseLinear):
+            adapter.views = own or {}
+        else:
+            alive = own if own is not None and "lora_A" in own else None
+            adapter.bind(alive, layout.site_ranks[module], pieces.get(module))
+    return views
 
 
-def drop_views(adapters: Mapping[str, AdapterLinear]) -> None:
+def drop_views(adapters: Mapping[str, AdapterLinear | DenseLinear]) -> None:
     """Forgets all views, so that the arena behind them can be freed."""
-    bind_views(adapters, {})
+    for adapter in adapters.values():
+        if isinstance(adapter, DenseLinear):
+            adapter.views = {}
+        else:
+            adapter.bind(None, (0,))
 
 
 def linear_modules(model: nn.Module, *, skip: Sequence[str] = ()) -> dict[str, nn.Linear]:

@@ -2,15 +2,15 @@
 
 `ArenaLayout` is derived from a rank table and the method's parts, never stored. By matrix in base order it holds the
 rows of `lora_A` of all its sites (heads in order), then all rows of `lora_B`, then the diagonals, so that all heads of
-a matrix are one GEMM. A component owns one row in each block. Blocks start at multiples of 128 bytes; the gaps are
-zero, never trained, in no count and no norm.
+a matrix are one GEMM. A component owns one row in each block. Dense entries (DoRA's magnitudes, a classifier head)
+stand at the end. Blocks start at multiples of 128 bytes; the gaps are zero, never trained, in no count and no norm.
 
 Pure tensor code: no process group, no engine. Letters: N numbers in the arena, R components, I in, O out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -18,7 +18,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ardtrain.ranks import RankTable, Site, named_seed
+from ardtrain.ranks import Dense, RankTable, Site, named_seed
 
 ALIGNMENT = 32  # float32 numbers: 128 bytes, so that kernels see the same alignment whatever the ranks are
 
@@ -33,7 +33,7 @@ Newborn = Callable[[Site, Mapping[str, Tensor], int, torch.Generator], Mapping[s
 class Block:
     """The rows of one part of one matrix: arena[offset : offset + rows * columns] seen as [rows, columns].
 
-    first: position of its first row's component in the table's list of all components.
+    first: position of its first row's component in the table's list of all components; -1 for a dense entry.
     """
 
     module: str
@@ -55,9 +55,10 @@ class Block:
 class ArenaLayout:
     """Which slice of the arena is which rows of which matrix."""
 
-    def __init__(self, table: RankTable, parts: Parts) -> None:
+    def __init__(self, table: RankTable, parts: Parts, dense: Sequence[Dense] = ()) -> None:
         self.table = table
         self.parts = parts
+        self.dense = tuple(dense)
         blocks: list[Block] = []
         offset = 0
         for module, group in groupby(range(len(table.sites)), key=lambda i: table.sites[i].module):
@@ -70,14 +71,32 @@ class ArenaLayout:
             for part, columns in shapes[0].items():
                 blocks.append(Block(module, part, offset, rows, columns, table.offsets[indices[0]]))
                 offset = _aligned(blocks[-1].stop)
-        self.blocks = tuple(blocks)
+        whole: list[Block] = []
+        for entry in self.dense:
+            whole.append(Block(entry.module, entry.part, offset, entry.rows, entry.columns, -1))
+            offset = _aligned(whole[-1].stop)
+        self.blocks = tuple(blocks)  # of components
+        self.all_blocks = (*blocks, *whole)
         # An empty parameter crashes DeepSpeed: with all ranks 0 one untrained gap stays.
         self.size = max(offset, ALIGNMENT)
 
     @cached_property
     def num_trained(self) -> int:
         """Trained numbers, gaps not counted."""
-        return sum(b.rows * b.columns for b in self.blocks)
+        return sum(b.rows * b.columns for b in self.all_blocks)
+
+    def positions(self, module: str) -> tuple[int, int]:
+        """First component of a matrix and the number of its components, over all its sites."""
+        block = next((b for b in self.blocks if b.module == module), None)
+        return (block.first, block.rows) if block is not None else (0, 0)
+
+    @cached_property
+    def site_ranks(self) -> dict[str, tuple[int, ...]]:
+        """Module -> rank of each of its sites, heads in order."""
+        out: dict[str, tuple[int, ...]] = {}
+        for site, rank in zip(self.table.sites, self.table.ranks, strict=True):
+            out[site.module] = (*out.get(site.module, ()), rank)
+        return out
 
     def views(self, leaf: Tensor) -> dict[str, dict[str, Tensor]]:
         """Module -> part -> [rows, columns] view of the leaf; one split, so backward makes one flat gradient.
@@ -87,13 +106,13 @@ class ArenaLayout:
         """
         sizes: list[int] = []
         end = 0
-        for block in self.blocks:
+        for block in self.all_blocks:
             sizes += [block.offset - end, block.stop - block.offset]
             end = block.stop
         sizes.append(self.size - end)
         pieces = torch.split(leaf, sizes)
         out: dict[str, dict[str, Tensor]] = {}
-        for block, piece in zip(self.blocks, pieces[1::2], strict=True):
+        for block, piece in zip(self.all_blocks, pieces[1::2], strict=True):
             out.setdefault(block.module, {})[block.part] = piece.view(block.rows, block.columns)
         return out
 
@@ -141,12 +160,12 @@ class Repacking:
         same = {site.module: True for site in new.table.sites}  # do all sites of the matrix keep their components?
         for i, site in enumerate(new.table.sites):
             same[site.module] &= old.table.births[i] == new.table.births[i]
-        before = {(b.module, b.part): b for b in old.blocks}
-        for block in new.blocks:
+        before = {(b.module, b.part): b for b in old.all_blocks}
+        for block in new.all_blocks:
             earlier = before.get((block.module, block.part))
             if earlier is None:  # the matrix had rank 0: all rows are newborn
                 continue
-            if same[block.module]:
+            if block.first < 0 or same[block.module]:
                 self._add_run(block.offset, earlier.offset, block.stop - block.offset)
                 continue
             rows = self.source[block.first : block.first + block.rows]

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from torch import Tensor
 from ardtrain.arena import ArenaLayout, Parts
 from ardtrain.engines import FullState
 from ardtrain.faults import replace_file
-from ardtrain.ranks import RankTable, Site
-from ardtrain.resize import Snapshot
+from ardtrain.methods.base import StateKind
+from ardtrain.ranks import Dense, RankTable, Site
+from ardtrain.resize import Snapshot, state_length
 
 FORMAT_VERSION = 1
 FULL = ("master", "exp_avg", "exp_avg_sq")
@@ -66,7 +67,7 @@ def to_tensors(snapshot: Snapshot, layout: ArenaLayout) -> dict[str, Tensor]:
     """The snapshot by names of the base's modules."""
     flats = {name: getattr(snapshot.full, name) for name in FULL} | snapshot.entries
     out: dict[str, Tensor] = {}
-    for block in layout.blocks:
+    for block in layout.all_blocks:
         for name, flat in flats.items():
             out[f"{block.module}.{block.part}.{name}"] = block.of(flat).clone()
     table = snapshot.table
@@ -80,7 +81,7 @@ def to_tensors(snapshot: Snapshot, layout: ArenaLayout) -> dict[str, Tensor]:
 
 
 def from_tensors(
-    tensors: Mapping[str, Tensor], table: RankTable, layout: ArenaLayout, *, kinds: Mapping[str, str], steps: int
+    tensors: Mapping[str, Tensor], table: RankTable, layout: ArenaLayout, *, kinds: Mapping[str, StateKind], steps: int
 ) -> Snapshot:
     """The inverse of `to_tensors`.
 
@@ -89,7 +90,7 @@ def from_tensors(
     """
     entry_names = [n for n, kind in kinds.items() if kind == "per_entry"]
     flats = {name: torch.zeros(layout.size) for name in (*FULL, *entry_names)}
-    for block in layout.blocks:
+    for block in layout.all_blocks:
         for name, flat in flats.items():
             key = f"{block.module}.{block.part}.{name}"
             block.of(flat).copy_(_take(tensors, key, (block.rows, block.columns)))
@@ -101,10 +102,11 @@ def from_tensors(
                 raise CheckpointError(f"{site.name}.birth disagrees with the rank table; the checkpoint is damaged")
             age[table.offsets[i] : table.offsets[i + 1]] = _take(tensors, f"{site.name}.age", (table.ranks[i],))
     full = FullState(flats["master"], flats["exp_avg"], flats["exp_avg_sq"], steps)
-    lengths = {"per_component": table.total, "per_site": len(table.sites)}
-    components, sites = (
-        {n: _take(tensors, f"method.{n}", (lengths[kind],)) for n, k in kinds.items() if k == kind} for kind in lengths
-    )
+    others = {
+        n: _take(tensors, f"method.{n}", (state_length(kind, table),)) for n, kind in kinds.items() if n not in flats
+    }
+    components = {n: t for n, t in others.items() if kinds[n] == "per_component"}
+    sites = {n: t for n, t in others.items() if n not in components}
     return Snapshot(table, full, age, {n: flats[n] for n in entry_names}, components, sites)
 
 
@@ -218,7 +220,15 @@ def find(run_dir: Path, resume_from: str | None) -> Path | None:
     return path
 
 
-def load(path: Path, *, sites: tuple[Site, ...], parts: Parts, kinds: Mapping[str, str], identity: Identity) -> Loaded:
+def load(
+    path: Path,
+    *,
+    sites: tuple[Site, ...],
+    parts: Parts,
+    kinds: Mapping[str, StateKind],
+    identity: Identity,
+    dense: Sequence[Dense] = (),
+) -> Loaded:
     """Reads and verifies one checkpoint; pure but for reading.
 
     Raises:
@@ -258,7 +268,7 @@ def load(path: Path, *, sites: tuple[Site, ...], parts: Parts, kinds: Mapping[st
             f"{path}: its rank table belongs to sites of other shapes or scale (r, lora_alpha); resume with the "
             "settings it was written with"
         )
-    layout = ArenaLayout(table, parts)
+    layout = ArenaLayout(table, parts, dense)
     with safe_open(path / "state" / "arena.safetensors", framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     snapshot = from_tensors(tensors, table, layout, kinds=kinds, steps=int(trainer["adam_steps"]))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,20 +151,24 @@ class ExactSum:
         self._head = num_grains * self.COLUMNS + 1
         self._buffer = torch.zeros(self._head + numbers, dtype=torch.int64, device=device)
 
-    def add(self, grain: int, *, loss: Tensor, gradient: Tensor, tokens: int, processed: int = 0) -> None:
+    def add(
+        self, grain: int, *, loss: Tensor, gradient: Tensor | Sequence[Tensor], tokens: int, processed: int = 0
+    ) -> None:
         """Adds one grain. No host synchronisation.
 
         Args:
-            loss: scalar, the grain's sum of token losses. gradient: [N] float32 of that sum.
+            loss: scalar, the grain's sum of token losses. gradient: [N] float32 of that sum, whole or in pieces.
             tokens: target tokens. processed: tokens without padding.
         """
-        flat = self._buffer[self._head :]
+        pieces = [gradient] if isinstance(gradient, Tensor) else gradient
+        assert sum(len(p) for p in pieces) == self.numbers
         scale = 2.0**self.exponent
-        largest = torch.zeros((), dtype=torch.float64, device=gradient.device)
-        for start in range(0, self.numbers, CHUNK):
-            piece = gradient[start : start + CHUNK]
-            largest = torch.maximum(largest, piece.abs().max().double())  # NaN stays NaN
-            flat[start : start + CHUNK] += (piece * scale).round_().to(torch.int64)
+        largest = torch.zeros((), dtype=torch.float64, device=self._buffer.device)
+        begin = self._head
+        for chunk in (p[i : i + CHUNK] for p in pieces for i in range(0, len(p), CHUNK)):
+            largest = torch.maximum(largest, chunk.abs().max().double())  # NaN stays NaN
+            self._buffer[begin : begin + len(chunk)] += (chunk * scale).round_().to(torch.int64)
+            begin += len(chunk)
         slot = self._buffer[grain * self.COLUMNS : (grain + 1) * self.COLUMNS]
         slot[0] = loss.detach().double().view(torch.int64)
         slot[1] = largest.view(torch.int64)

@@ -245,6 +245,11 @@ class AdapterEngine:
             else:
                 entry["step"] = state.steps
 
+    def set_weights(self, weights: Tensor) -> None:
+        """Writes the master weights [N] alone, between steps; no communication. All processes must call this."""
+        safe_set_full_fp32_param(self._parameter, weights)
+        self._parameter.data.copy_(weights)
+
     def _states(self) -> list[dict[str, Any]]:
         return [s for s in self._engine.optimizer.optimizer.state.values() if "step" in s]
 

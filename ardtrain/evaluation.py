@@ -61,7 +61,22 @@ def token_loss_sum(module: nn.Module, batch: Batch, *, device: torch.device, mas
     )
 
 
-def held_out_loss(module: nn.Module, data: Grains, *, world: World, mask_dtype: torch.dtype) -> HeldOut:
+class LossSum(Protocol):
+    """A grain's summed loss, as `loss_sum`."""
+
+    def __call__(
+        self, module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype
+    ) -> Tensor: ...
+
+
+def loss_sum(module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> Tensor:
+    """The grain's summed loss, by what its rows are."""
+    return token_loss_sum(module, batch, device=device, mask_dtype=mask_dtype)
+
+
+def held_out_loss(
+    module: nn.Module, data: Grains, *, world: World, mask_dtype: torch.dtype, loss_sum: LossSum = loss_sum
+) -> HeldOut:
     """The loss over all held-out grains; the same bits for any number of processes. All processes must call this."""
     grains = data.grains()
     total = ExactSum(0, len(grains), exponent=0, device=world.device)
@@ -71,7 +86,7 @@ def held_out_loss(module: nn.Module, data: Grains, *, world: World, mask_dtype: 
     with torch.no_grad():
         for index, counted in deal(len(grains), world.world_size, world.global_rank):
             batch = data.collate(grains[index])
-            loss = token_loss_sum(module, batch, device=world.device, mask_dtype=mask_dtype)
+            loss = loss_sum(module, batch, device=world.device, mask_dtype=mask_dtype)
             if counted:
                 total.add(index, loss=loss, gradient=nothing, tokens=batch.num_target_tokens)
     module.train(was_training)

@@ -44,6 +44,19 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """A trained tensor that belongs to no component and never changes shape: DoRA's magnitude, a classifier head.
+
+    module: path of the module it belongs to; part: its name there; shape: [rows, columns], a vector is one row.
+    """
+
+    module: str
+    part: str
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class RankTable:
     """For each site the birth numbers of its components, in the order of their rows.
 
@@ -130,12 +143,15 @@ class SiteChange:
     """What a plan does to one site.
 
     keep: positions (in the old table) that stay, in their new order; born: how many components join after them;
-    zero: positions whose diagonal becomes 0 in the master while everything else stays (AdaLoRA's reversible mask).
+    zero: positions whose diagonal becomes 0 in the master while everything else stays (AdaLoRA's reversible mask);
+    fold: (position, part, factors): that row of the component is multiplied in the master, moments stay; one factor,
+    or one for each head that shares the row (ARD-LoRA's gates folded in).
     """
 
     keep: tuple[int, ...]
     born: int = 0
     zero: tuple[int, ...] = ()
+    fold: tuple[tuple[int, str, tuple[float, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,13 +159,15 @@ class RankPlan:
     """One decision: the changed sites, against exactly one table.
 
     table_digest: the table it was made for; changes: site index -> change, untouched sites are absent;
-    reason: why, for people; scores: numbers worth recording with the event (score at the cut, for instance).
+    reason: why, for people; scores: numbers worth recording with the event (score at the cut, for instance);
+    again: the last plan's mask once more after an optimizer step (AdaLoRA's final phase): applied, but no event.
     """
 
     table_digest: str
     changes: Mapping[int, SiteChange]
     reason: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    again: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -157,7 +175,8 @@ class RankPlan:
         content: list[Any] = [self.table_digest, self.reason, scores]
         for index in sorted(self.changes):
             change = self.changes[index]
-            content.append([index, list(change.keep), change.born, list(change.zero)])
+            fold = [[p, part, [f.hex() for f in factors]] for p, part, factors in change.fold]
+            content.append([index, list(change.keep), change.born, list(change.zero), fold])
         return _digest(content)
 
     def reshapes(self, table: RankTable) -> bool:
@@ -185,7 +204,8 @@ class RankPlan:
 
 
 def _check_change(site: Site, change: SiteChange, rank: int) -> None:
-    for what, positions in (("keep", change.keep), ("zero", change.zero)):
+    folded = tuple(position for position, _, _ in change.fold)
+    for what, positions in (("keep", change.keep), ("zero", change.zero), ("fold", folded)):
         if len(set(positions)) != len(positions) or any(not 0 <= p < rank for p in positions):
             raise ValueError(f"{site.name}: {what}={positions} must be distinct positions below its rank {rank}")
     new_rank = len(change.keep) + change.born

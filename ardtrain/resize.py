@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,8 @@ from ardtrain.arena import (
 )
 from ardtrain.collectives import World
 from ardtrain.engines import AdamSettings, AdapterEngine, FullState
-from ardtrain.methods.base import Binding, Method
-from ardtrain.ranks import RankPlan, RankTable
+from ardtrain.methods.base import Binding, Method, StateKind
+from ardtrain.ranks import Dense, RankPlan, RankTable
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Snapshot:
     """Everything trained, as full tensors on the host: what a checkpoint holds and a resize turns.
 
     full: master and moments [N]; age: [R] int64; entries: the method's per-entry arrays [N] by name;
-    components: its per-component arrays [R, ...]; sites: its per-site arrays [S, ...], by name.
+    components: its per-component arrays [R, ...]; sites: its arrays that no resize changes, by name.
     """
 
     table: RankTable
@@ -55,14 +55,14 @@ def repack_snapshot(
     exactly zero), first moment 0, second moment the mean of their site's survivors, age and statistics 0.
     """
     table = plan.apply(snapshot.table)
-    layout = ArenaLayout(table, old.parts)
+    layout = ArenaLayout(table, old.parts, old.dense)
     repacking = Repacking(old, layout)
     born = repacking.source < 0
     master = repacking.apply(snapshot.full.master)
     fill_newborn(master, layout, born, newborn, seed=seed, step=step)
     exp_avg_sq = repacking.apply(snapshot.full.exp_avg_sq)
     fill_newborn_second_moment(exp_avg_sq, layout, born)
-    _zero_masked(master, layout, plan, snapshot.table)
+    edit_survivors(master, layout, plan)
     full = FullState(master, repacking.apply(snapshot.full.exp_avg), exp_avg_sq, snapshot.full.steps)
     return (
         Snapshot(
@@ -77,20 +77,41 @@ def repack_snapshot(
     )
 
 
-def _zero_masked(master: Tensor, layout: ArenaLayout, plan: RankPlan, before: RankTable) -> None:
-    """AdaLoRA's reversible mask: the diagonal of masked survivors becomes 0 in the master, moments stay."""
+def edit_survivors(master: Tensor, layout: ArenaLayout, plan: RankPlan) -> None:
+    """`zero` and `fold` of a plan, in place, on weights that are laid out as after the plan; moments stay.
+
+    A position that leaves is not edited.
+    """
     for index, change in plan.changes.items():
-        if not change.zero:
+        if not (change.zero or change.fold):
             continue
         where = {p: i for i, p in enumerate(change.keep)}
-        assert all(p in where for p in change.zero), f"{before.sites[index].name}: a masked component leaves"
-        layout.site_rows(master, index)["diagonal"][[where[p] for p in change.zero]] = 0.0
+        rows = layout.site_rows(master, index)
+        zeroed = [where[p] for p in change.zero if p in where]
+        if zeroed:
+            rows["diagonal"][zeroed] = 0.0
+        for position, part, factors in change.fold:
+            if position in where:
+                row = rows[part][where[position]]
+                row.view(len(factors), -1).mul_(row.new_tensor(factors)[:, None])
 
 
-def start_snapshot(table: RankTable, layout: ArenaLayout, newborn: Newborn, *, seed: int) -> Snapshot:
-    """A run's first snapshot: every component newborn at step -1, moments zero."""
+def start_snapshot(
+    table: RankTable,
+    layout: ArenaLayout,
+    newborn: Newborn,
+    *,
+    seed: int,
+    dense: Mapping[tuple[str, str], Tensor] | None = None,
+) -> Snapshot:
+    """A run's first snapshot: every component newborn at step -1, moments zero.
+
+    dense: first values of the dense entries by (module, part).
+    """
     master = torch.zeros(layout.size)
     fill_newborn(master, layout, torch.ones(table.total, dtype=torch.bool), newborn, seed=seed, step=-1)
+    for entry, block in zip(layout.dense, layout.all_blocks[len(layout.blocks) :], strict=True):
+        block.of(master).copy_((dense or {})[entry.module, entry.part].view(entry.rows, entry.columns))
     zeros = torch.zeros(layout.size)
     return Snapshot(table, FullState(master, zeros, zeros.clone(), 0), torch.zeros(table.total, dtype=torch.int64))
 
@@ -103,6 +124,13 @@ class ResizeRecord:
     after: RankTable
     plan: RankPlan
     seconds: dict[str, float]
+
+
+def state_length(kind: StateKind, table: RankTable) -> int:
+    """Numbers of a method's array that is not kept by entry."""
+    if isinstance(kind, int):
+        return kind
+    return table.total if kind == "per_component" else len(table.sites)
 
 
 class LiveArena:
@@ -120,22 +148,23 @@ class LiveArena:
         engine_config: Mapping[str, Any],
         adam: AdamSettings,
         seed: int,
+        dense: Sequence[Dense] = (),
     ) -> None:
-        self.method, self.world, self.seed = method, world, seed
+        self.method, self.world, self.seed, self.dense = method, world, seed, tuple(dense)
         self._engine_config, self._adam = dict(engine_config), adam
         self.engine: AdapterEngine
 
-    def start(self, table: RankTable) -> None:
-        """Builds a run's first arena."""
-        layout = ArenaLayout(table, self.method.entries)
-        snapshot = start_snapshot(table, layout, self.method.init, seed=self.seed)
+    def start(self, table: RankTable, dense: Mapping[tuple[str, str], Tensor] | None = None) -> None:
+        """Builds a run's first arena; dense: first values of the dense entries by (module, part)."""
+        layout = ArenaLayout(table, self.method.entries, self.dense)
+        snapshot = start_snapshot(table, layout, self.method.init, seed=self.seed, dense=dense)
         for name, kind in self.method.state_tensors().items():
             if kind == "per_entry":
                 snapshot.entries[name] = torch.zeros(layout.size)
             elif kind == "per_component":
                 snapshot.components[name] = torch.zeros(table.total, dtype=torch.float64)
             else:
-                snapshot.sites[name] = torch.zeros(len(table.sites), dtype=torch.float64)
+                snapshot.sites[name] = torch.zeros(state_length(kind, table), dtype=torch.float64)
         self.build(snapshot, layout)
 
     def build(self, snapshot: Snapshot, layout: ArenaLayout) -> None:
@@ -148,7 +177,7 @@ class LiveArena:
         self.age = snapshot.age.clone()
         state = {name: self.shard.take(full).clone().to(device) for name, full in snapshot.entries.items()}
         state |= {name: values.clone().to(device) for name, values in snapshot.components.items()}
-        state |= {name: values.clone().to(device) for name, values in snapshot.sites.items()}
+        state |= {name: values.clone() for name, values in snapshot.sites.items()}  # few: they stay on the host
         self.state = state
         self.method.bind(Binding(self.table, self.shard, self.age, self.state))
 
@@ -166,7 +195,7 @@ class LiveArena:
             self.age.clone(),
             entries,
             {n: self.state[n].cpu().clone() for n, kind in kinds.items() if kind == "per_component"},
-            {n: self.state[n].cpu().clone() for n, kind in kinds.items() if kind == "per_site"},
+            {n: self.state[n].clone() for n, kind in kinds.items() if kind == "per_site" or isinstance(kind, int)},
         )
 
     def scores(self, step: int) -> Tensor | None:
@@ -180,6 +209,13 @@ class LiveArena:
         with _timed(seconds, "agree"):
             self.world.agree("rank plan", plan.digest, step=step)
         before = self.table
+        if not plan.reshapes(before):
+            with _timed(seconds, "edit"):
+                plan.apply(before)  # checks it
+                weights = self.engine.weights.clone()
+                edit_survivors(weights, self.layout, plan)
+                self.engine.set_weights(weights)
+            return ResizeRecord(before, before, plan, seconds)
         with _timed(seconds, "capture"):
             snapshot = self.capture()
         with _timed(seconds, "repack"):

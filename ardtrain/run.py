@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from ardtrain import __version__, checkpoint, export, preflight
-from ardtrain.adapters import attach, bind_views
+from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, load_model
 from ardtrain.collectives import World, idle_share
@@ -268,12 +268,13 @@ class Run:
             max_skipped_steps=config.max_skipped_steps,
             score_at=config.score_at,
             compute_dtype=DTYPES[self.prepared.plan.compute_dtype],
+            lora_plus_ratio=1.0,
             eval_on_start=config.eval_on_start,
             eval_steps=config.eval_steps,
             save_steps=config.save_steps,
         )
         parts = (self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data)
-        return Trainer(settings, self.world, *parts, state)
+        return Trainer(settings, self.world, *parts, state=state)
 
     def execute(self) -> None:
         """Trains, saves, exports. All processes must call this."""
@@ -356,7 +357,7 @@ class Run:
         """
         ids = torch.arange(1, 33, device=self.world.device).remainder(self._vocab_size())[None]
         module = self.backbone.module.eval()
-        bind_views(self.adapters, self.arena.layout.views(self.arena.engine.weights))
+        bind_arena(self.adapters, self.arena.layout, self.arena.engine.weights)
         with torch.no_grad():
             logits = module(input_ids=ids, use_cache=False).logits.cpu()
         difference, problem = None, ""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ardtrain import schedule
-from ardtrain.adapters import AdapterLinear, bind_views, drop_views
+from ardtrain.adapters import AdapterLinear, DenseLinear, bind_arena, drop_views
+from ardtrain.arena import ArenaLayout
 from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
 from ardtrain.data import Batch
-from ardtrain.evaluation import Grains, HeldOut, held_out_loss, token_loss_sum
+from ardtrain.evaluation import Grains, HeldOut, LossSum, held_out_loss, loss_sum
 from ardtrain.methods.base import Method, Statistics
 from ardtrain.observe import Clock
 from ardtrain.ranks import named_seed
@@ -45,6 +46,22 @@ class Steps(Protocol):
     def sample_ids(self, grain: Any) -> list[str]: ...
 
 
+class AblationResult(Protocol):
+    """relative: [R] float64 on the host, importance beside that of an empty component; notes: numbers to log."""
+
+    @property
+    def relative(self) -> Tensor: ...
+
+    @property
+    def notes(self) -> Mapping[str, float]: ...
+
+
+class Ablation(Protocol):
+    """Scores by ablation on held-out rows (ablation.AblationScorer). All processes must call it."""
+
+    def scores(self, layout: ArenaLayout, weights: Tensor) -> AblationResult: ...
+
+
 @dataclass(frozen=True)
 class LoopSettings:
     """What the loop takes from the config. Steps are optimizer steps."""
@@ -58,6 +75,7 @@ class LoopSettings:
     max_skipped_steps: int
     score_at: str
     compute_dtype: torch.dtype
+    lora_plus_ratio: float
     eval_on_start: bool
     eval_steps: int | None
     save_steps: int | None
@@ -83,7 +101,10 @@ class LoopState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's numbers, alike on every process. num_targets: terms of the loss; num_tokens: without padding."""
+    """One step's numbers, alike on every process.
+
+    num_targets: terms of the loss; num_tokens: without padding; notes: what the allocator wants logged.
+    """
 
     step: int
     loss: float
@@ -95,6 +116,7 @@ class StepResult:
     void: bool
     record: ResizeRecord | None = None
     scores: Tensor | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
     stop_flag: int = 0
 
 
@@ -115,14 +137,17 @@ class Trainer:
     settings: LoopSettings
     world: World
     backbone: Backbone
-    adapters: Mapping[str, AdapterLinear]
+    adapters: Mapping[str, AdapterLinear | DenseLinear]
     arena: LiveArena
     method: Method
     data: Steps
     eval_data: Grains | None = None
+    allocation_data: Grains | None = None  # rows that the allocator may look at
+    ablation: Ablation | None = None  # over allocation_data, where the method asks for it
     state: LoopState = field(default_factory=LoopState)
     clock: Clock = field(default_factory=Clock)
     hooks: Hooks = field(default_factory=Hooks)
+    loss_sum: LossSum = loss_sum
 
     def fit(self) -> int:
         """Trains to the last step or to a stop request; returns the stop flag (0: finished). All must call this."""
@@ -159,7 +184,8 @@ class Trainer:
         )
         if not total.finite:
             return self._void(step, total, loss, lr)
-        gradient = total.gradient.div_(num_targets * self.state.loss_scale)
+        mean = total.gradient.div_(num_targets * self.state.loss_scale)
+        gradient, gates = mean[: len(leaf)], mean[len(leaf) :]
         if step == 0:
             self._refuse_untouched(gradient)
         extra = self._add_extra_loss(gradient, leaf, views)
@@ -171,38 +197,54 @@ class Trainer:
         del leaf, views
         before = None
         if s.score_at == "before_step":
-            before = Statistics(gradient.clone(), self.arena.engine.weights.clone())
+            before = Statistics(gradient.clone(), self.arena.engine.weights.clone(), gates)
         if s.max_grad_norm and norm > s.max_grad_norm:
             gradient.mul_(s.max_grad_norm / (norm + 1e-6))
-        self.arena.engine.step(gradient, lr=lr)
+        self._update(gradient, lr)
         with self.clock.section("allocator"):
             self.arena.age += 1
-            self.method.observe(step, before or Statistics(gradient, self.arena.engine.weights))
+            if self.method.wants_held_out_gates(step):
+                gates = self._held_out_gates(step)
+            self.method.observe(step, before or Statistics(gradient, self.arena.engine.weights, gates))
             self.method.after_step(step)
-            scores, record = self._allocate(step)
+            scores, record, notes = self._allocate(step)
         self.state.tokens_seen += num_tokens
-        return StepResult(step, loss, extra_loss, norm, lr, num_targets, num_tokens, False, record, scores, total.flag)
+        counts = (num_targets, num_tokens)
+        return StepResult(step, loss, extra_loss, norm, lr, *counts, False, record, scores, notes, total.flag)
+
+    def _update(self, gradient: Tensor, lr: float) -> None:
+        """AdamW's step; LoRA+ (arXiv 2402.12354) then lengthens that of B, `lora_plus_ratio` times A's."""
+        engine, ratio = self.arena.engine, self.settings.lora_plus_ratio
+        before = engine.weights.clone() if ratio != 1.0 else None
+        engine.step(gradient, lr=lr)
+        if before is None:
+            return
+        weights = engine.weights.clone()
+        for block in self.arena.layout.blocks:
+            if block.part == "lora_B":
+                old, new = block.of(before), block.of(weights)
+                new.copy_(old + (new - old) * ratio)
+        engine.set_weights(weights)
 
     def _sum_of_grains(self, step: int) -> tuple[StepSum, Tensor, dict[str, dict[str, Tensor]]]:
-        """Forward and backward of this process's grains and the exact sum over all; repeated until it is valid.
+        """Forward and backward of this process's grains and the exact sum over all, gates behind the arena's numbers.
 
-        A sum is invalid when a number might have left fixed point's range, or (fp16) when only the scaled gradient
-        left float16's. Every process sees the same numbers and lowers the same exponent or scale.
+        Repeated until it is valid: a sum is invalid when a number might have left fixed point's range, or (fp16) when
+        only the scaled gradient left float16's. Every process sees the same numbers and lowers the same exponent or
+        scale.
         """
+        leaf, gates, views = self._bind(step)
+        leaves = [leaf] if gates is None else [leaf, gates]
         grains = self.data.grains(step)
         for _ in range(MAX_REPEATS):
-            leaf = self.arena.engine.leaf()
-            views = self.arena.layout.views(leaf)
-            bind_views(self.adapters, views)
-            total = ExactSum(
-                self.arena.layout.size, len(grains), exponent=self.state.exponent, device=self.world.device
-            )
+            numbers = sum(t.numel() for t in leaves)
+            total = ExactSum(numbers, len(grains), exponent=self.state.exponent, device=self.world.device)
             for index, counted in deal(len(grains), self.world.world_size, self.world.global_rank):
                 batch = self.data.collate(grains[index])
-                loss, gradient = self._grain(step, index, batch, leaf)
+                loss, pieces = self._grain(step, index, batch, leaves)
                 if counted:
                     counts = {"tokens": batch.num_target_tokens, "processed": batch.num_tokens}
-                    total.add(index, loss=loss, gradient=gradient, **counts)
+                    total.add(index, loss=loss, gradient=pieces, **counts)
             result = total.reduce(self.world, flag=self.hooks.stop_flag())
             scale_can_fall = self.state.loss_scale > LOSS_SCALE_MIN and all(map(math.isfinite, result.losses))
             if not result.finite and scale_can_fall:
@@ -214,15 +256,35 @@ class Trainer:
                 return result, leaf, views
         raise RuntimeError(f"step {step}: no exponent made the gradient's sum valid in {MAX_REPEATS} tries")
 
-    def _grain(self, step: int, index: int, batch: Batch, leaf: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss sum of one grain and its gradient [N]; dropout is seeded by (run seed, step, grain)."""
+    def _bind(self, step: int) -> tuple[Tensor, Tensor | None, dict[str, dict[str, Tensor]]]:
+        """Fresh leaves of the weights [N] and of the method's gates, handed to the adapters; and the views."""
+        leaf, gates = self.arena.engine.leaf(), self.method.gates(step)
+        if gates is not None:
+            gates = gates.to(self.world.device).requires_grad_()
+        return leaf, gates, bind_arena(self.adapters, self.arena.layout, leaf, gates)
+
+    def _grain(self, step: int, index: int, batch: Batch, leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Loss sum of one grain and its gradient by each leaf; dropout is seeded by (run seed, step, grain)."""
         device = self.world.device
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(named_seed(self.settings.seed, step, index))
-            loss = token_loss_sum(self.backbone.module, batch, device=device, mask_dtype=self.settings.compute_dtype)
-            (gradient,) = torch.autograd.grad(loss * self.state.loss_scale, leaf, retain_graph=False)
+            loss = self.loss_sum(self.backbone.module, batch, device=device, mask_dtype=self.settings.compute_dtype)
+            gradients = torch.autograd.grad(loss * self.state.loss_scale, leaves, retain_graph=False)
         self.backbone.release()
-        return loss.detach(), gradient
+        return loss.detach(), list(gradients)
+
+    def _held_out_gates(self, step: int) -> Tensor:
+        """dL/dgate of one held-out grain, the next one each time, in eval mode (ARD-LoRA's alternation)."""
+        assert self.allocation_data is not None
+        grains = self.allocation_data.grains()
+        grain = grains[step % len(grains)]
+        _, gates, _ = self._bind(step)
+        assert gates is not None
+        self.backbone.module.eval()
+        batch = self.allocation_data.collate(grain)
+        _, (gradient,) = self._grain(step, len(grains), batch, [gates])
+        self.backbone.module.train()
+        return gradient / (batch.num_target_tokens * self.state.loss_scale)
 
     def _add_extra_loss(self, gradient: Tensor, leaf: Tensor, views: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Adds the method's own loss's gradient, once a step, after the exact sum; returns that loss (scalar)."""
@@ -233,19 +295,31 @@ class Trainer:
         gradient.add_(own)
         return extra.detach()
 
-    def _allocate(self, step: int) -> tuple[Tensor | None, ResizeRecord | None]:
-        """Scores, the plan and its resize, if this step has one."""
+    def _allocate(self, step: int) -> tuple[Tensor | None, ResizeRecord | None, Mapping[str, float]]:
+        """Scores, the plan and its resize, if this step has one; and what is to be logged of it."""
         if not self.method.due(step):
-            return None, None
-        scores = self.arena.scores(step)
+            return None, None, {}
+        scores, notes = self._scores(step)
         plan = self.method.plan(step, scores)
         if plan is None:
-            return scores, None
+            return scores, None, notes
         drop_views(self.adapters)
         with self.clock.section("resize"):
             record = self.arena.apply(plan, step=step)
+        if plan.again:
+            return scores, None, notes
         self.state.events += 1
-        return scores, record
+        return scores, record, notes
+
+    def _scores(self, step: int) -> tuple[Tensor | None, Mapping[str, float]]:
+        """[R] float64 on the host, gathered, or by ablation; and numbers to log."""
+        if not self.method.needs.ablation:
+            return self.arena.scores(step), {}
+        assert self.ablation is not None
+        with self.clock.section("ablation"):
+            result = self.ablation.scores(self.arena.layout, self.arena.engine.weights)
+        self.backbone.module.train()
+        return result.relative, result.notes
 
     def _good_step(self) -> None:
         """Counts a step whose numbers were all finite; the next one may use another loss scale."""
@@ -274,7 +348,7 @@ class Trainer:
         Raises:
             RuntimeError: naming the modules that did not run.
         """
-        last = {b.module: b for b in self.arena.layout.blocks}  # the part that starts at zero comes last
+        last = {b.module: b for b in self.arena.layout.blocks}  # of components: the part that starts at zero comes last
         untouched = [m for m, block in last.items() if not bool(block.of(gradient).any())]
         if untouched:
             raise RuntimeError(
@@ -286,10 +360,15 @@ class Trainer:
         """Held-out loss with the weights as they are. All processes must call this."""
         assert self.eval_data is not None
         with self.clock.section("evaluate"):
-            bind_views(self.adapters, self.arena.layout.views(self.arena.engine.leaf().detach()))
-            result = held_out_loss(
-                self.backbone.module, self.eval_data, world=self.world, mask_dtype=self.settings.compute_dtype
-            )
+            with torch.no_grad():
+                self._bind(self.state.step)
+                result = held_out_loss(
+                    self.backbone.module,
+                    self.eval_data,
+                    world=self.world,
+                    mask_dtype=self.settings.compute_dtype,
+                    loss_sum=self.loss_sum,
+                )
             drop_views(self.adapters)
         return result
 

@@ -211,6 +211,7 @@ LOOP = LoopSettings(
     eval_steps=None,
     eval_on_start=False,
     save_steps=None,
+    lora_plus_ratio=1.0,
 )
 
 

@@ -7,30 +7,38 @@ processes by whole components, saves and loads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ardtrain.ranks import RankPlan, RankTable, Site
+from ardtrain.ranks import Dense, RankPlan, RankTable, Site
 
-StateKind = Literal["per_entry", "per_component", "per_site"]
-"""per_entry [n] float32, this process's shard of an arena-long array; per_component [R], per_site [S] float64."""
+StateKind = Literal["per_entry", "per_component", "per_site"] | int
+"""per_entry [n] float32, this process's shard of an arena-long array; per_component [R], per_site [S] float64.
+
+A number n: [n] float64 that no resize changes. It and per_site arrays stay on the host.
+"""
 
 
 @dataclass(frozen=True)
 class Needs:
     """Read once before the run.
 
-    gates: the method wants dL/dgate of `gates(table)`; scores: it plans from component scores, gathered where
-    `due` holds; held_out: it evaluates on held-out data.
+    ranks: the method moves ranks; ablation: it plans from ablation scores on held-out rows (ALoRA); held_out_gates:
+    some steps' dL/dgate come from held-out rows (ARD-LoRA's alternation).
     """
 
-    gates: bool = False
-    scores: bool = False
-    held_out: bool = False
+    ranks: bool = False
+    ablation: bool = False
+    held_out_gates: bool = False
+
+    @property
+    def held_out(self) -> bool:
+        """Does the allocator look at held-out rows?"""
+        return self.ablation or self.held_out_gates
 
 
 class ShardView(Protocol):
@@ -64,7 +72,8 @@ class Statistics:
     """Numbers of one step, alike on every process.
 
     gradient: [N] float32 of the global mean loss; clipped if `score_at` is after_step (as published), else before
-    clipping. weights: [N] float32, after the optimizer step, or before it. gates: [R] dL/dgate, exact, or None.
+    clipping. weights: [N] float32, after the optimizer step, or before it. gates: dL/dgate as `gates` orders them,
+    exact, never clipped, or None.
     """
 
     gradient: Tensor
@@ -96,8 +105,19 @@ class Method(Protocol):
 
     def bind(self, binding: Binding) -> None: ...
 
-    def gates(self, table: RankTable) -> Tensor | None:
-        """[R] float32 gates of this step's forward, or None."""
+    def dense(self, sites: Sequence[Site]) -> tuple[Dense, ...]:
+        """Trained tensors beside the components, such as DoRA's magnitudes."""
+        ...
+
+    def gates(self, step: int) -> Tensor | None:
+        """Gates of this step's forward, float32 on the host, or None for none.
+
+        In table order, one a component; where heads share a component, one for each of its heads, heads last.
+        """
+        ...
+
+    def wants_held_out_gates(self, step: int) -> bool:
+        """Shall this step's dL/dgate be that of a held-out minibatch?"""
         ...
 
     def extra_loss(self, views: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
@@ -135,8 +155,14 @@ class FixedRank:
     def bind(self, binding: Binding) -> None:
         self.binding = binding
 
-    def gates(self, table: RankTable) -> Tensor | None:
+    def dense(self, sites: Sequence[Site]) -> tuple[Dense, ...]:
+        return ()
+
+    def gates(self, step: int) -> Tensor | None:
         return None
+
+    def wants_held_out_gates(self, step: int) -> bool:
+        return False
 
     def extra_loss(self, views: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
         return None

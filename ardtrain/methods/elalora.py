@@ -47,7 +47,7 @@ class ElaLoraSettings:
 class ElaLora(FixedRank):
     """State: per-entry averages `mean` and `spread` of the sensitivity."""
 
-    needs = Needs(scores=True)
+    needs = Needs(ranks=True)
 
     def __init__(self, settings: ElaLoraSettings) -> None:
         self.settings = settings

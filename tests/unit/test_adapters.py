@@ -7,13 +7,16 @@ from ardtrain.adapters import (
     AdapterLinear,
     FrozenLinear,
     attach,
-    bind_views,
+    bind_arena,
     drop_views,
     linear_modules,
     make_sites,
     select_modules,
 )
+from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import find_sites
+from ardtrain.methods.lora import Lora
+from ardtrain.ranks import RankTable
 from tests.tiny import equal_bits, tiny_llama
 
 I, O, R = 6, 5, 3  # noqa: E741
@@ -172,10 +175,12 @@ def test_base_parameter_names_and_weights_stay():
 
 def test_views_are_never_parameters_or_buffers():
     model = tiny_llama()
-    adapters = attach(model, sites_of_model(model)[0], dropout={})
+    sites = sites_of_model(model)[0]
+    adapters = attach(model, sites, dropout={})
     before = len(list(model.parameters())), len(list(model.buffers()))
     name = next(iter(adapters))
-    bind_views(adapters, {name: {"lora_A": torch.zeros(1, 32, requires_grad=True), "lora_B": torch.zeros(1, 32)}})
+    layout = ArenaLayout(RankTable.start(sites, [1] + [0] * (len(sites) - 1)), Lora().entries)
+    bind_arena(adapters, layout, torch.zeros(layout.size, requires_grad=True))
     assert (len(list(model.parameters())), len(list(model.buffers()))) == before
     assert adapters[name].views is not None and list(adapters.values())[1].views is None
     drop_views(adapters)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed.utils import logger as deepspeed_logger
 
-from ardtrain.adapters import attach, bind_views
+from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import find_sites
 from ardtrain.engines import (
@@ -191,7 +191,7 @@ def backbone(stage, dtype, *, checkpointing=False, **zero):
     for number, block in enumerate(layout.blocks):
         block.of(leaf).normal_(0.0, 0.2, generator=torch.Generator().manual_seed(number))
     leaf.requires_grad_()
-    bind_views(adapters, layout.views(leaf))
+    bind_arena(adapters, layout, leaf)
     data = TokenBatches()
     model.train()
     loss = token_loss_sum(model, data.collate((0, 0)), device=CPU, mask_dtype=dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ardtrain.adapters import attach, bind_views
+from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import find_sites
 from ardtrain.export import PEFT_PREFIX, compare_with_peft, peft_config, write_peft
@@ -35,7 +35,7 @@ def trained(request, tmp_path):
     generator = torch.Generator().manual_seed(1)
     for block in layout.blocks:
         block.of(master).normal_(0.0, 0.2, generator=generator)
-    bind_views(attach(model, sites, dropout={}), layout.views(master))
+    bind_arena(attach(model, sites, dropout={}), layout, master)
     with torch.no_grad():
         logits = model(input_ids=IDS).logits
     config = peft_config(layout, base_model="tiny", revision=None, lora_dropout=0.0)

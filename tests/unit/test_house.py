@@ -17,7 +17,8 @@ MAY_IMPORT_ONLY = {
     "ranks": {"ranks"},
     "schedule": {"schedule"},
     "arena": {"ranks"},
-    "adapters": {"ranks"},
+    "heads": {"ranks"},
+    "adapters": {"ranks", "arena", "heads"},
     "methods": {"ranks", "schedule", "methods"},
     "resize": {"arena", "engines", "collectives", "ranks", "methods.base"},  # of the methods the protocol alone
     "environment": set(),
