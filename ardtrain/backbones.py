@@ -1,16 +1,29 @@
-"""What a model family is: its towers and linear layers; loads config, model and tokenizer through transformers."""
+"""What a model family is: its towers, linear layers and classification head; loads config, model and tokenizer.
+
+All of it through transformers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ardtrain.adapters import linear_modules, make_sites, select_modules
-from ardtrain.ranks import Site
+from ardtrain.ranks import Site, named_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,31 +59,130 @@ def load_config(source: ModelSource) -> Any:
         ) from error
 
 
-def meta_model(source: ModelSource) -> PreTrainedModel:
-    """The model without weights (meta device): shapes and names, for checks before anything is loaded."""
+def meta_model(source: ModelSource, *, num_labels: int | None = None) -> PreTrainedModel:
+    """The model without weights (meta device): shapes and names, for checks before anything is loaded.
+
+    num_labels: classes of a sequence classifier; None: a causal language model.
+    """
     config = load_config(source)
+    auto: Any = AutoModelForCausalLM
+    if num_labels is not None:
+        auto, config.num_labels = AutoModelForSequenceClassification, num_labels
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        try:
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=source.trust_remote_code)
+        except ValueError as error:
+            raise ValueError(
+                f"model_name_or_path={source.name_or_path!r} has no form for this task ({_first_line(error)}); choose "
+                "another model or task"
+            ) from error
+    return model
 
 
-def load_model(source: ModelSource, *, compute_dtype: str) -> PreTrainedModel:
-    """The whole model on the CPU, frozen, parameters in the compute dtype, buffers as its constructor makes them."""
+def load_model(
+    source: ModelSource,
+    *,
+    compute_dtype: str,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+) -> PreTrainedModel:
+    """The whole model on the CPU, frozen, parameters in the compute dtype, buffers as its constructor makes them.
+
+    Args:
+        num_labels: classes of a sequence classifier; None: a causal language model. Its head's values are whatever
+            transformers drew: init_head must follow.
+        label_names: of the classes, for the config; pad_token_id: what the rows are padded with (data's own), which
+            decoders look for (data_rows.classification_pad_id). A classifier needs it.
+    Raises:
+        ValueError: weights cannot be loaded, or the base lacks some; the padding does not fit the model.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": DTYPES[compute_dtype],
+        "attn_implementation": source.attn_implementation,
+        "use_safetensors": True,
+        **source.hub_arguments(),
+    }
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.name_or_path,
-            dtype=DTYPES[compute_dtype],
-            attn_implementation=source.attn_implementation,
-            use_safetensors=True,
-            **source.hub_arguments(),
-        )
+        if num_labels is None:
+            model = AutoModelForCausalLM.from_pretrained(source.name_or_path, **arguments)
+        else:
+            model = _load_classifier(source, arguments, num_labels, label_names)
     except OSError as error:
         raise ValueError(
             f"model_name_or_path={source.name_or_path!r}: weights could not be loaded ({_first_line(error)}); "
             "safetensors files are needed"
         ) from error
+    if num_labels is not None:
+        assert pad_token_id is not None, "a classifier must know what its rows are padded with"
+        _set_padding(model, pad_token_id)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def _load_classifier(
+    source: ModelSource, arguments: dict[str, Any], num_labels: int, label_names: Sequence[str] | None
+) -> PreTrainedModel:
+    """A classifier whose base is complete; a head in the files is not counted on, whatever its shape."""
+    names = [f"LABEL_{i}" for i in range(num_labels)] if label_names is None else list(label_names)
+    assert len(names) == num_labels
+    with _quiet_loading():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source.name_or_path,
+            num_labels=num_labels,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            ignore_mismatched_sizes=True,  # a head for other classes
+            output_loading_info=True,
+            **arguments,
+        )
+    head = {f"{path}.{name}" for path, linear in head_linears(model).items() for name, _ in linear.named_parameters()}
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - head)
+    if absent:
+        raise ValueError(
+            f"model_name_or_path={source.name_or_path!r} lacks {len(absent)} tensors of the base (or has them in other "
+            f"shapes), e.g. {absent[0]}; they would stay frozen at random values, so choose a model that has them"
+        )
+    return model
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Holds back transformers' report of keys not found: the head's are meant, others are refused above."""
+
+    def no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(no_report)
+
+
+def _set_padding(model: PreTrainedModel, pad_token_id: int) -> None:
+    """Tells a classifier what pads its rows.
+
+    Raises:
+        ValueError: the model has no such token, or has its positions counted from another padding (RoBERTa).
+    """
+    num_tokens = model.get_input_embeddings().num_embeddings
+    if not 0 <= pad_token_id < num_tokens:
+        raise ValueError(
+            f"the tokenizer pads with token {pad_token_id}, but the model has {num_tokens} tokens; use the model's own "
+            "tokenizer"
+        )
+    for name, module in model.named_modules():
+        # RoBERTa's kind keeps the id beside its position embeddings and starts counting behind it.
+        counted = getattr(module, "padding_idx", None) if hasattr(module, "position_embeddings") else None
+        if counted is not None and counted != pad_token_id:
+            raise ValueError(
+                f"the tokenizer pads with token {pad_token_id}, but the model counts positions ({name}) from padding "
+                f"{counted}; use the model's own tokenizer"
+            )
+    model.config.get_text_config().pad_token_id = pad_token_id
 
 
 def load_tokenizer(source: ModelSource, tokenizer_name_or_path: str | None = None) -> PreTrainedTokenizerBase:
@@ -96,14 +208,15 @@ def find_sites(
 ) -> tuple[list[Site], list[int]]:
     """Sites of the model and their first ranks, in base order; works on the meta device.
 
-    The output embedding is never a target of `all-linear` (PEFT's rule).
+    The output embedding is never a target (PEFT's rule for `all-linear`), nor is a classification head: it is trained
+    in full. PEFT leaves out `score` and `classifier` alone; DeBERTa's `pooler.dense` is a target there.
 
     Raises:
         ValueError: a target matches nothing, a rank exceeds a module, or `targets` names a tower the model lacks.
     """
     output = model.get_output_embeddings()
     skip = [name for name, module in model.named_modules() if output is not None and module is output]
-    linears = linear_modules(model, skip=skip)
+    linears = linear_modules(model, skip=[*skip, *head_linears(model)])
     modules = select_modules(linears, target_modules=target_modules, exclude_modules=exclude_modules)
     towers = {name: tower_of(name) for name in modules}
     unknown = sorted(set(tower_settings) - set(towers.values()))
@@ -113,6 +226,49 @@ def find_sites(
             f"{', '.join(sorted(set(towers.values())))}"
         )
     return make_sites(linears, modules, r=r, lora_alpha=lora_alpha, tower_of=towers, tower_settings=tower_settings)
+
+
+def head_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Path -> linear of a classification head: the linears outside the base, in `named_modules()` order.
+
+    `score` for Llama, `classifier` for BERT, `classifier.dense` and `.out_proj` for RoBERTa, `pooler.dense` and
+    `classifier` for DeBERTa; BERT's own pooler is part of its base. Empty for a model with an output embedding (a
+    language model) and for a bare base.
+    """
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return {}
+    inside = model.base_model_prefix
+    return linear_modules(model, skip=[inside])
+
+
+def head_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """Parameter name -> first value (float32, CPU) of each number of the classification head.
+
+    Weights are normal(0, config.initializer_range) from a generator named by (run seed, path), biases 0, as
+    transformers has it for these families: alike on every process. A function of shapes: a meta model will do.
+    """
+    std = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
+    out: dict[str, Tensor] = {}
+    for path, linear in head_linears(model).items():
+        generator = torch.Generator().manual_seed(named_seed(seed, "head", path))
+        shape = (linear.out_features, linear.in_features)
+        out[f"{path}.weight"] = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        if linear.bias is not None:
+            out[f"{path}.bias"] = torch.zeros(linear.out_features)
+    return out
+
+
+def init_head(model: PreTrainedModel, seed: int) -> None:
+    """Overwrites the classification head's weights by head_values, in its dtype; a head from the files is lost."""
+    with torch.no_grad():
+        for name, value in head_values(model, seed).items():
+            model.get_parameter(name).copy_(value)
+
+
+def tower_config(model: PreTrainedModel, tower: str) -> Any:
+    """transformers' config of one tower: its head counts."""
+    config = model.config
+    return config.vision_config if tower == "vision" else config.get_text_config()
 
 
 def tower_of(module: str) -> str:

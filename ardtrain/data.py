@@ -28,8 +28,17 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ardtrain.data_order import Cursor, Grain, RowRef, TrainOrder, cut_grains, pack
-from ardtrain.data_rows import SUFFIXES, DataError, DataSettings, Tokenising, check_file
+from ardtrain.data_order import Cursor, Grain, RowRef, TrainOrder, cut_grains, pack, permutation
+from ardtrain.data_rows import (
+    SUFFIXES,
+    DataError,
+    DataSettings,
+    Tokenising,
+    check_file,
+    classification_pad_id,
+    find_labels,
+)
+from ardtrain.ranks import named_seed
 
 __all__ = [
     "IGNORE_INDEX",
@@ -44,11 +53,13 @@ __all__ = [
     "TrainData",
     "additive_mask",
     "build_batch",
+    "find_labels",
     "tokenizer_fingerprint",
 ]
 
 IGNORE_INDEX = -100
-_CACHE_FORMAT = 1  # raise when the meaning of the cached columns changes
+_PURPOSE_CHOICE = 3  # beside data_order's: held-out samples drawn by EvalData
+_CACHE_FORMAT = 2  # raise when the meaning of the cached columns changes
 _FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -56,6 +67,8 @@ _FEATURES = Features(
         "file": Value("int32"),
         "line": Value("int64"),
         "piece": Value("int32"),
+        "label": Value("int32"),  # class number, -1 outside classification
+        "token_type_ids": List(Value("int8")),  # empty where there are none
     }
 )
 
@@ -69,7 +82,10 @@ class Batch:
     position_ids: [B, T] int64, from 0 in each document; 0 on padding.
     attention_mask: [B, T] bool, True on tokens; None when packed.
     block_mask: [B, 1, T, T] bool, True where query (third dim) may see key (fourth); None when not packed.
-    num_target_tokens: terms of the summed loss.  num_tokens: tokens without padding.
+    num_target_tokens: terms of the summed loss: target tokens, in classification rows.
+    num_tokens: tokens without padding.
+    class_labels: [B] int64 class numbers; None outside classification.
+    token_type_ids: [B, T] int64, 1 on the second text of a pair, 0 on padding; None where the tokenizer gives none.
     """
 
     input_ids: Tensor
@@ -79,6 +95,8 @@ class Batch:
     block_mask: Tensor | None
     num_target_tokens: int
     num_tokens: int
+    class_labels: Tensor | None = None
+    token_type_ids: Tensor | None = None
 
 
 def additive_mask(block_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -192,6 +210,12 @@ class Samples:
         ids, masks = table.column("input_ids"), table.column("loss_mask")
         return [(ids[i].values.to_numpy(), masks[i].values.to_numpy(zero_copy_only=False)) for i in range(len(samples))]
 
+    def classes(self, samples: Sequence[int]) -> tuple[list[int], list[npt.NDArray[np.int8]]]:
+        """Class number of each sample (-1: none) and its token types, [length] or empty."""
+        table: Any = self._table[list(samples)]
+        types = table.column("token_type_ids")
+        return table.column("label").to_pylist(), [types[i].values.to_numpy() for i in range(len(samples))]
+
     def ids(self, samples: Sequence[int]) -> list[str]:
         """`file:line` of each sample, with `#piece` (from 0) behind it for the later pieces of a long text."""
         table: Any = self._table[list(samples)]
@@ -218,14 +242,22 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def build_batch(
-    rows: Sequence[Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.bool_]]]], *, packed: bool, pad_token_id: int
+    rows: Sequence[Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.bool_]]]],
+    *,
+    packed: bool,
+    pad_token_id: int,
+    class_labels: Sequence[int] | None = None,
+    token_type_ids: Sequence[npt.NDArray[np.integer]] | None = None,
 ) -> Batch:
     """The tensors of rows of samples, padded on the right to the longest row.
 
     Args:
         rows: B rows, each of (input_ids [length], loss_mask [length]) samples; one sample each unless `packed`.
+        class_labels: B class numbers, for classification; no token has loss then.
+        token_type_ids: of each row, [length].
     """
     assert packed or all(len(row) == 1 for row in rows)
+    assert class_labels is None or (not packed and len(class_labels) == len(rows))
     width = max(sum(len(ids) for ids, _ in row) for row in rows)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -239,21 +271,28 @@ def build_batch(
         for ids, loss_mask in row:
             start, end = end, end + len(ids)
             input_ids[b, start:end] = ids
-            labels[b, start + 1 : end] = np.where(loss_mask[1:], ids[1:], IGNORE_INDEX)
+            if class_labels is None:
+                labels[b, start + 1 : end] = np.where(loss_mask[1:], ids[1:], IGNORE_INDEX)
             position_ids[b, start:end] = np.arange(len(ids))
             is_token[b, start:end] = True
             if block_mask is not None:
                 block_mask[b, 0, start:end, start:end] = causal[: len(ids), : len(ids)]
         if block_mask is not None:  # padding sees itself, so that no query is without a key
             block_mask[b, 0, end:, end:] = causal[: width - end, : width - end]
+    types = None if token_type_ids is None else np.zeros(shape, dtype=np.int64)
+    if types is not None:
+        for b, row_types in enumerate(token_type_ids or ()):
+            types[b, : len(row_types)] = row_types
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         attention_mask=None if packed else torch.from_numpy(is_token),
         block_mask=None if block_mask is None else torch.from_numpy(block_mask),
-        num_target_tokens=int((labels[:, 1:] != IGNORE_INDEX).sum()),
+        num_target_tokens=int((labels[:, 1:] != IGNORE_INDEX).sum()) if class_labels is None else len(rows),
         num_tokens=int(is_token.sum()),
+        class_labels=None if class_labels is None else torch.tensor(class_labels, dtype=torch.int64),
+        token_type_ids=None if types is None else torch.from_numpy(types),
     )
 
 
@@ -263,14 +302,28 @@ class _Collator:
     def __init__(self, samples: Samples, tokenizer: PreTrainedTokenizerBase, packed: bool) -> None:
         self._samples = samples
         self._packed = packed
-        # Padding is never seen and never a target, so any valid id serves.
-        self._pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+        self._classifies = samples.format == "classification"
+        # Of a language model padding is never seen and never a target, so any valid id serves.
+        wanted = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_token_id = (
+            classification_pad_id(tokenizer) if self._classifies else next(t for t in wanted if t is not None)
+        )
 
     def collate(self, grain: Grain) -> Batch:
         """The grain's tensors."""
-        read = iter(self._samples.read([sample for row in grain.rows for sample in row.samples]))
+        samples = [sample for row in grain.rows for sample in row.samples]
+        read = iter(self._samples.read(samples))
         rows = [list(islice(read, len(row.samples))) for row in grain.rows]
-        return build_batch(rows, packed=self._packed, pad_token_id=self._pad)
+        if not self._classifies:
+            return build_batch(rows, packed=self._packed, pad_token_id=self.pad_token_id)
+        labels, types = self._samples.classes(samples)
+        return build_batch(
+            rows,
+            packed=False,
+            pad_token_id=self.pad_token_id,
+            class_labels=labels,
+            token_type_ids=types if any(map(len, types)) else None,
+        )
 
     def sample_ids(self, grain: Grain) -> list[str]:
         """`file:line` of every sample in the grain, for messages."""
@@ -288,6 +341,7 @@ class TrainData:
         DataError, ValueError: see Samples and TrainOrder.
     Attributes:
         num_steps: T.  num_grains: grains of a full step.  num_samples.  counts, format: see Samples.
+        pad_token_id: what batches are padded with; a classification model's config must say the same (load_model).
         fingerprint: sha256 (hex) of all that decides the lists of rows (samples, packing, seed): a checkpoint keeps
             it, and a cursor is valid under an equal fingerprint only.
 
@@ -318,6 +372,7 @@ class TrainData:
         self._collator = _Collator(samples, tokenizer, settings.packing)
         self.counts = samples.counts
         self.format = samples.format
+        self.pad_token_id = self._collator.pad_token_id
         self.num_samples = len(samples.lengths)
         self.num_steps = self._order.num_steps
         self.num_grains = self._order.num_grains
@@ -355,8 +410,11 @@ class EvalData:
         settings: the training's, or a changed copy (other fields); its train_files are not read.
         files: the held-out files.
         max_samples: only the first so many samples.
+        choose: (count, seed): instead, `count` samples drawn without replacement by the seed, in file order.
     Attributes:
-        num_samples.  counts, format: see Samples (of the whole files).
+        num_samples.  counts, format: see Samples (of the whole files).  pad_token_id: see TrainData.
+    Raises:
+        ValueError: the files hold fewer samples than are to be drawn.  DataError, ValueError: see Samples.
     """
 
     def __init__(
@@ -368,18 +426,25 @@ class EvalData:
         *,
         grain_size: int,
         max_samples: int | None = None,
+        choose: tuple[int, int] | None = None,
     ) -> None:
         if grain_size <= 0 or (max_samples is not None and max_samples <= 0):
             raise ValueError(f"grain_size={grain_size} and max_samples={max_samples} must be above 0")
+        if choose is not None and max_samples is not None:
+            raise ValueError(f"max_samples={max_samples} and choose={choose} exclude each other; give one")
         samples = Samples(replace(settings, train_files=tuple(files)), tokenizer, cache_dir)
-        lengths = samples.lengths[:max_samples]
-        order = range(len(lengths))
-        rows = pack(order, lengths, settings.max_length) if settings.packing else [(sample,) for sample in order]
+        order = list(range(len(samples.lengths)))[:max_samples]
+        if choose is not None:
+            order = _choose(len(samples.lengths), *choose, files=files)
+        rows = (
+            pack(order, samples.lengths, settings.max_length) if settings.packing else [(sample,) for sample in order]
+        )
         self._grains = cut_grains([RowRef(0, i, row) for i, row in enumerate(rows)], grain_size)
         self._collator = _Collator(samples, tokenizer, settings.packing)
         self.counts = samples.counts
         self.format = samples.format
-        self.num_samples = len(lengths)
+        self.pad_token_id = self._collator.pad_token_id
+        self.num_samples = len(order)
 
     def grains(self) -> list[Grain]:
         """All grains, numbered from 0."""
@@ -392,3 +457,16 @@ class EvalData:
     def sample_ids(self, grain: Grain) -> list[str]:
         """`file:line` of every sample in the grain, for messages."""
         return self._collator.sample_ids(grain)
+
+
+def _choose(num_samples: int, count: int, seed: int, *, files: Sequence[str]) -> list[int]:
+    """`count` of the samples 0 .. num_samples - 1, drawn without replacement by the seed, sorted.
+
+    Through data_order.permutation, as Generator.choice may change between NumPy's versions.
+    """
+    if count <= 0:
+        raise ValueError(f"count={count} samples to draw must be above 0")
+    if num_samples < count:
+        raise ValueError(f"{', '.join(files)} holds {num_samples} samples, fewer than count={count}; lower the count")
+    order = permutation(num_samples, seed=named_seed("held-out samples", seed), epoch=0, purpose=_PURPOSE_CHOICE)
+    return sorted(order[:count].tolist())

@@ -6,6 +6,7 @@ makes batches of them; data_order.py says which samples make up which step.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import gzip
 import json
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 _ROWS_A_BATCH = 512  # rows tokenised at once
+_MOST_LABELS = 1 << 16  # an integer label beyond it is a slip, not a class
 _FIX_OR_SKIP = "correct the row, or leave such rows out with data.on_bad_row: skip"
 
 
@@ -44,15 +46,19 @@ class DataSettings:
 
     train_files: JSONL (.jsonl, .jsonl.gz: a document a row) or text (.txt, .txt.gz: a document a file).
     format: `auto` looks at the first row: a chat has `messages_field`, a completion `prompt_field` and
-        `completion_field` (or templates are set), a text `text_field`.
+        `completion_field` (or templates are set), a text `text_field`.  `classification` is never guessed.
     prompt_template, completion_template: `str.format` text over the row's fields, in place of the two fields.
     chat_template: Jinja text in place of the tokenizer's.
     max_length: tokens of a sample and of a packed row, bos and eos counted.
-    truncation: what happens to a sample longer than max_length.  Packed text is cut into pieces instead.
+    truncation: what happens to a sample longer than max_length.  Packed text is cut into pieces instead; of a
+        classified pair `right` cuts the longer text first, as transformers does, and keeps the special tokens.
+    label_field, text_pair_field: of classification rows, beside `text_field`; None: there is one text.
+    labels: names of the classes, in the order of the model's outputs (find_labels).  Only classification has them;
+        none (None or empty) until they are found.
     """
 
     train_files: tuple[str, ...]
-    format: Literal["auto", "completion", "chat", "text"]
+    format: Literal["auto", "completion", "chat", "text", "classification"]
     prompt_field: str
     completion_field: str
     messages_field: str
@@ -65,10 +71,13 @@ class DataSettings:
     truncation: Literal["error", "drop", "right"]
     on_bad_row: Literal["error", "skip"]
     seed: int
+    label_field: str = "label"
+    text_pair_field: str | None = None
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("format", ("auto", "completion", "chat", "text")),
+            ("format", ("auto", "completion", "chat", "text", "classification")),
             ("truncation", ("error", "drop", "right")),
             ("on_bad_row", ("error", "skip")),
         ):
@@ -80,6 +89,12 @@ class DataSettings:
             raise ValueError(f"max_length={self.max_length} leaves no token to predict; use 2 or more")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more")
+        if self.format == "classification" and self.packing:
+            raise ValueError(
+                "packing=true does not go with data.format=classification (a label a row); set it to false"
+            )
+        if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError(f"data.label_names={list(self.labels)} must be two or more different names")
         for name in ("prompt_template", "completion_template"):
             template = getattr(self, name)
             if template is not None and any(re.match(r"\d*(\W|$)", f) for f in _template_fields(template, name)):
@@ -360,17 +375,207 @@ def _messages(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
     return messages
 
 
+# ---- classification: labels, texts and pairs ----
+
+
+def find_labels(files: Sequence[str], settings: DataSettings) -> tuple[str, ...]:
+    """The names of the classes in the files' rows, in the order of the model's outputs; reads the label field alone.
+
+    Integer labels are class numbers: the names are "0" to the largest.  Text labels are sorted by code point.  Where
+    `settings.labels` are given, every row is checked against them and they are returned.
+    Call it with the training files: held-out rows may lack a class.
+
+    Raises:
+        DataError: a row has no label, a wrong or an unknown one (left out with on_bad_row: skip); numbers and texts are
+            mixed; there are fewer than two classes.
+        ValueError: a file is missing or plain text.
+    """
+    found: set[int | str] = set()
+    first: dict[type, str] = {}  # int or str -> its first row
+    for path in files:
+        check_file(path)
+        if _is_text_file(path):
+            raise ValueError(f"{path!r} is plain text and holds no labels; use JSONL for data.format: classification")
+        for line, content in _read_lines(path):
+            try:
+                row = _parse(path, content)
+                assert isinstance(row, dict)
+                label = _label_of(row, settings.label_field)
+                if settings.labels:
+                    _class_number(label, settings.labels)
+            except _BadRow as reason:
+                if settings.on_bad_row == "error":
+                    raise DataError(path, line, str(reason), _FIX_OR_SKIP) from reason
+                continue
+            other = first.get(str if isinstance(label, int) else int)
+            if other is not None:
+                raise DataError(
+                    path, line, f"label {label!r} is {_kind(label)}, unlike {other}", "write all labels the same way"
+                )
+            first.setdefault(type(label), f"{path}:{line}")
+            found.add(label)
+    names = settings.labels or ()
+    if not names:
+        numbers = [label for label in found if isinstance(label, int)]
+        texts = sorted(label for label in found if isinstance(label, str))
+        names = tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(texts)
+    if len(names) < 2 or not found:
+        raise DataError(
+            ", ".join(files),
+            None,
+            f"the rows' field {settings.label_field!r} holds {f'the one label {names[0]!r}' if found else 'no label'}",
+            "two classes at least are needed; correct data.label_field or the files, or give data.label_names",
+        )
+    return names
+
+
+def _label_of(row: dict[str, Any], field: str) -> int | str:
+    """The row's label as it is written: a class number or a name."""
+    if field not in row:
+        raise _BadRow(f"field {field!r} is missing")
+    label = row[field]
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise _BadRow(f"label {label!r} in field {field!r} is {_kind(label)}, neither a whole number nor text")
+    if label == "":
+        raise _BadRow(f"the label in field {field!r} is empty")
+    if isinstance(label, int) and not 0 <= label < _MOST_LABELS:
+        raise _BadRow(f"label {label} in field {field!r} is outside 0 .. {_MOST_LABELS - 1}")
+    return label
+
+
+def _class_number(label: int | str, labels: tuple[str, ...]) -> int:
+    """Number of the class that a row's label means."""
+    if isinstance(label, int):
+        if label >= len(labels):
+            raise _BadRow(f"label {label} is unknown: there are {len(labels)} classes, 0 .. {len(labels) - 1}")
+        return label
+    if label not in labels:
+        near = difflib.get_close_matches(label, labels, n=1)
+        raise _BadRow(f"label {label!r} is unknown: " + (f"did you mean {near[0]!r}?" if near else "no class has it"))
+    return labels.index(label)
+
+
+def classification_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that pads classified rows: one that is no real token of any row.
+
+    transformers' decoders classify by the rightmost token that is not `config.pad_token_id`
+    (GenericForSequenceClassification), so a real last token equal to it would be passed over.  Order: the tokenizer's
+    pad token unless it doubles as unk; eos; another special token; unk.  Tokens which the tokenizer adds to rows (some
+    end them with eos) are out; a row whose text brings the chosen one is a bad row (Tokenising).
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    added = {*tokenizer("a")["input_ids"], *tokenizer("a", "a")["input_ids"]}
+    unk = tokenizer.unk_token_id
+    wanted = [tokenizer.pad_token_id if tokenizer.pad_token_id != unk else None, tokenizer.eos_token_id]
+    special = sorted(set(tokenizer.all_special_ids) - {unk})
+    for token in (*wanted, *special, unk):
+        if token is not None and token not in added:
+            return int(token)
+    raise ValueError(
+        "the tokenizer has no special token free for padding (each one is missing or put into rows); set "
+        "tokenizer.pad_token and give the folder as tokenizer_name_or_path"
+    )
+
+
+class _Classified(NamedTuple):
+    """A classification row: text, second text or None, class number."""
+
+    text: str
+    pair: str | None
+    label: int
+
+
+class _ClassEncoder:
+    """Classification rows -> token ids, with the special tokens that the tokenizer itself adds.
+
+    A pair is handed to the tokenizer as a pair if it separates the two with its sep token (BERT, RoBERTa, DeBERTa).  A
+    tokenizer without one (Llama's would put a second bos between them) gets both texts joined by a newline.
+    """
+
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not settings.labels:
+            raise ValueError("data.format=classification needs the names of its labels; find_labels finds them")
+        self.settings, self.tokenizer, self.labels = settings, tokenizer, settings.labels
+        self.pad = classification_pad_id(tokenizer)
+        pair, single = tokenizer("a", "a")["input_ids"], tokenizer("a")["input_ids"]
+        sep = tokenizer.sep_token_id
+        self.joins = sep is not None and pair.count(sep) > single.count(sep)
+        num_added = tokenizer.num_special_tokens_to_add(pair=self.joins and settings.text_pair_field is not None)
+        if settings.max_length <= num_added:
+            raise ValueError(
+                f"max_length={settings.max_length} leaves no room for text beside {num_added} special tokens; raise it"
+            )
+
+    def row(self, row: dict[str, Any] | str) -> _Classified:
+        assert isinstance(row, dict)
+        s = self.settings
+        label = _class_number(_label_of(row, s.label_field), self.labels)
+        texts = []
+        for field in (s.text_field, *(() if s.text_pair_field is None else (s.text_pair_field,))):
+            texts.append(_text_of(row, field, None))
+            if not texts[-1].strip():
+                raise _BadRow(f"the text in field {field!r} is empty")
+        return _Classified(texts[0], texts[1] if len(texts) == 2 else None, label)
+
+    def encode(self, rows: Sequence[_Classified], max_length: int | None = None) -> list[_Encoded]:
+        """The rows with one call of the tokenizer; nothing is cut without `max_length` (tokens)."""
+        if not rows:
+            return []
+        texts = [row.text if self.joins or row.pair is None else f"{row.text}\n{row.pair}" for row in rows]
+        pairs = [row.pair or "" for row in rows] if self.joins and rows[0].pair is not None else None
+        side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "right"
+        try:
+            encoded = self.tokenizer(
+                texts, pairs, truncation=max_length is not None, max_length=max_length, verbose=False
+            )
+        finally:
+            self.tokenizer.truncation_side = side
+        ids = encoded["input_ids"]
+        # Of a single text the types are all 0, which models assume by themselves.
+        types = encoded.get("token_type_ids") if pairs is not None else None
+        return [
+            _Encoded(i, [False] * len(i), row.label, t, row)
+            for row, i, t in zip(rows, ids, types or [[]] * len(ids), strict=True)
+        ]
+
+    def problem(self, ids: Sequence[int]) -> str | None:
+        """Why a row cannot be used."""
+        if not ids:
+            return "the text gives no token"
+        if self.pad in ids:
+            name = self.tokenizer.convert_ids_to_tokens(self.pad)
+            return f"the text holds the token that pads batches, {name!r} (id {self.pad})"
+        return None
+
+
 # ---- all rows -> samples ----
 
 
+class _Encoded(NamedTuple):
+    """A row's token ids and loss mask [length]; class number (-1: none), token types ([]: none), and what it was."""
+
+    ids: list[int]
+    mask: list[bool]
+    label: int = -1
+    token_type_ids: Sequence[int] = ()
+    source: _Classified | None = None
+
+
 class Sample(NamedTuple):
-    """Token ids and loss mask [length]; number of the file, line from 1, piece from 0 of a text that was cut."""
+    """Token ids and loss mask [length]; number of the file, line from 1, piece from 0 of a text that was cut.
+
+    label: class number, -1 outside classification; token_type_ids: [length] where a pair has them, else empty.
+    """
 
     input_ids: list[int]
     loss_mask: list[bool]
     file: int
     line: int
     piece: int
+    label: int = -1
+    token_type_ids: Sequence[int] = ()
 
 
 class Tokenising:
@@ -384,6 +589,7 @@ class Tokenising:
                 raise ValueError(
                     f"data.format={self.format}, but {path!r} is plain text; use JSONL or data.format: text"
                 )
+        self.classes = _ClassEncoder(settings, tokenizer) if self.format == "classification" else None
         self.encoder = _Encoder(settings, tokenizer, self.format)
         self.counts = {"rows": 0, "bad": 0, "too_long": 0, "truncated": 0, "samples": 0}
 
@@ -391,42 +597,52 @@ class Tokenising:
         for file, path in enumerate(self.settings.train_files):
             lines = _read_lines(path)
             while batch := list(islice(lines, _ROWS_A_BATCH)):
-                samples = [s for line, ids, mask in self._encode(path, batch) for s in self._fit(file, line, ids, mask)]
+                samples = [s for line, row in self._encode(path, batch) for s in self._fit(file, line, row)]
                 self.counts["samples"] += len(samples)
                 yield samples
 
-    def _encode(self, path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, list[int], list[bool]]]:
-        """(line, ids, mask) of every good row of `lines`."""
+    def _encode(self, path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, _Encoded]]:
+        """(line, row) of every good row of `lines`."""
         good: list[tuple[int, Any]] = []
         for line, content in lines:
             self.counts["rows"] += 1
             try:
                 row = _parse(path, content)
-                chat = self.format == "chat"
-                good.append(
-                    (line, self.encoder.encode_chat(row, f"{path}:{line}") if chat else self.encoder.segments(row))
-                )
+                if self.classes is not None:
+                    good.append((line, self.classes.row(row)))
+                elif self.format == "chat":
+                    good.append((line, self.encoder.encode_chat(row, f"{path}:{line}")))
+                else:
+                    good.append((line, self.encoder.segments(row)))
             except _BadRow as reason:
                 self._bad(path, line, str(reason), reason)
-        encoded = [row for _, row in good]
-        if self.format != "chat":
-            encoded = self.encoder.encode_segments(encoded)
-        for (line, _), (ids, mask) in zip(good, encoded, strict=True):
-            if any(mask[1:]):
-                yield line, ids, mask
+        encoded = self._encode_rows([row for _, row in good])
+        for (line, _), one in zip(good, encoded, strict=True):
+            if self.classes is not None:
+                problem = self.classes.problem(one.ids)
             else:
-                self._bad(path, line, "no target token", None)
+                problem = None if any(one.mask[1:]) else "no target token"
+            if problem is None:
+                yield line, one
+            else:
+                self._bad(path, line, problem, None)
+
+    def _encode_rows(self, rows: list[Any]) -> list[_Encoded]:
+        if self.classes is not None:
+            return self.classes.encode(rows)
+        return [_Encoded(*row) for row in (rows if self.format == "chat" else self.encoder.encode_segments(rows))]
 
     def _bad(self, path: str, line: int, reason: str, cause: Exception | None) -> None:
         if self.settings.on_bad_row == "error":
             raise DataError(path, line, reason, _FIX_OR_SKIP) from cause
         self.counts["bad"] += 1
 
-    def _fit(self, file: int, line: int, ids: list[int], mask: list[bool]) -> list[Sample]:
+    def _fit(self, file: int, line: int, row: _Encoded) -> list[Sample]:
         """The row as samples of at most max_length tokens, as truncation and packing say."""
         limit = self.settings.max_length
+        ids, mask = row.ids, row.mask
         if len(ids) <= limit:
-            return [Sample(ids, mask, file, line, 0)]
+            return [Sample(ids, mask, file, line, 0, row.label, row.token_type_ids)]
         if self.format == "text" and self.settings.packing:
             starts = range(0, len(ids), limit)
             cuts = [*starts, len(ids)]
@@ -441,6 +657,11 @@ class Tokenising:
                 f"the row has {len(ids)} tokens, max_length={limit}",
                 "raise max_length, or set truncation to drop or right",
             )
+        if self.classes is not None and self.settings.truncation == "right":
+            assert row.source is not None
+            (cut,) = self.classes.encode([row.source], limit)
+            self.counts["truncated"] += 1
+            return [Sample(cut.ids, cut.mask, file, line, 0, cut.label, cut.token_type_ids)]
         if self.settings.truncation == "right" and any(mask[1:limit]):
             self.counts["truncated"] += 1
             return [Sample(ids[:limit], mask[:limit], file, line, 0)]

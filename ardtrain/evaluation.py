@@ -1,12 +1,18 @@
-"""Held-out loss: grains in a fixed order, dealt over the processes, summed exactly."""
+"""Losses of a grain, and held-out loss and metrics: grains in a fixed order, dealt over the processes, summed exactly.
+
+Letters: B batch, T tokens, C classes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,14 +31,36 @@ class Grains(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """loss: mean over target tokens, nats."""
+    """loss: mean over the terms of the loss, nats; num_tokens: those terms, target tokens or, in classification, rows.
+
+    metrics: of classification (classification_metrics), else empty.
+    """
 
     loss: float
     num_tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
+        """Of a language model; says nothing in classification."""
         return math.exp(min(self.loss, 700.0))
+
+    def numbers(self) -> dict[str, float]:
+        """Everything worth recording, by name: loss, and perplexity or the metrics."""
+        return {"loss": self.loss, **(self.metrics or {"perplexity": self.perplexity})}
+
+
+def class_logits(module: nn.Module, batch: Batch, *, device: torch.device) -> Tensor:
+    """[B, C] float32, the classes' logits of each row.
+
+    No position_ids: a RoBERTa counts its own from the padding, the others count from 0 as rows are padded on the right.
+    """
+    assert batch.attention_mask is not None, "rows of classes are not packed"
+    types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids.to(device)}
+    logits: Tensor = module(
+        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device, torch.int64), **types
+    ).logits
+    return logits.float()
 
 
 def token_loss_sum(module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> Tensor:
@@ -64,32 +92,100 @@ def token_loss_sum(module: nn.Module, batch: Batch, *, device: torch.device, mas
 class LossSum(Protocol):
     """A grain's summed loss, as `loss_sum`."""
 
-    def __call__(
-        self, module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype
-    ) -> Tensor: ...
+    def __call__(self, module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> Tensor: ...
 
 
 def loss_sum(module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> Tensor:
-    """The grain's summed loss, by what its rows are."""
-    return token_loss_sum(module, batch, device=device, mask_dtype=mask_dtype)
+    """Scalar float32: the grain's summed cross-entropy, over rows where they have classes, else over target tokens.
+
+    Args:
+        mask_dtype: see token_loss_sum.
+    """
+    if batch.class_labels is None:
+        return token_loss_sum(module, batch, device=device, mask_dtype=mask_dtype)
+    return F.cross_entropy(class_logits(module, batch, device=device), batch.class_labels.to(device), reduction="sum")
+
+
+@contextmanager
+def _record_logits(module: nn.Module, *, wanted: bool) -> Iterator[list[Tensor]]:
+    """The logits of the module's forwards meanwhile, where wanted: a loss and its predictions need one forward."""
+    seen: list[Tensor] = []
+    if not wanted:
+        yield seen
+        return
+
+    def record(module: nn.Module, inputs: object, output: Any) -> None:
+        seen.append(output.logits.detach())
+
+    handle = module.register_forward_hook(record)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def held_out_loss(
     module: nn.Module, data: Grains, *, world: World, mask_dtype: torch.dtype, loss_sum: LossSum = loss_sum
 ) -> HeldOut:
-    """The loss over all held-out grains; the same bits for any number of processes. All processes must call this."""
+    """The loss over all held-out grains; the same bits for any number of processes. All processes must call this.
+
+    Of classification also the metrics; gathering the predictions is one more sum over the processes.
+    """
     grains = data.grains()
     total = ExactSum(0, len(grains), exponent=0, device=world.device)
     nothing = torch.zeros(0, device=world.device)
+    predicted: dict[int, Tensor] = {}  # grain -> [B, 2] class and predicted class
+    num_classes = 0
     was_training = module.training
     module.eval()
     with torch.no_grad():
         for index, counted in deal(len(grains), world.world_size, world.global_rank):
             batch = data.collate(grains[index])
-            loss = loss_sum(module, batch, device=world.device, mask_dtype=mask_dtype)
+            classes = batch.class_labels
+            # Not of a language model: its logits are large, and would be kept longer than they are needed.
+            with _record_logits(module, wanted=classes is not None) as logits:
+                loss = loss_sum(module, batch, device=world.device, mask_dtype=mask_dtype)
             if counted:
                 total.add(index, loss=loss, gradient=nothing, tokens=batch.num_target_tokens)
+            if classes is not None:
+                num_classes = logits[-1].shape[1]
+                if counted:
+                    predicted[index] = torch.stack([classes.to(world.device), logits[-1].argmax(-1)], dim=1)
     module.train(was_training)
     result = total.reduce(world)
     tokens = sum(result.tokens)
-    return HeldOut(math.fsum(result.losses) / max(1, tokens), tokens)
+    # Every process ran a grain, if only one that is not counted: all of them know whether there are classes.
+    metrics = {}
+    if num_classes:
+        rows = _gather_rows(predicted, result.tokens, world)
+        metrics = classification_metrics(rows[:, 0], rows[:, 1], num_classes=num_classes)
+    return HeldOut(math.fsum(result.losses) / max(1, tokens), tokens, metrics)
+
+
+def _gather_rows(own: Mapping[int, Tensor], rows_of_grain: Sequence[int], world: World) -> npt.NDArray[np.int64]:
+    """[rows, 2] int64 of all grains in their order, each row written by one process. All processes must call this."""
+    starts = np.concatenate([[0], np.cumsum(rows_of_grain)])
+    rows = torch.zeros((int(starts[-1]), 2), dtype=torch.int64, device=world.device)
+    for grain, values in own.items():
+        rows[starts[grain] : starts[grain + 1]] = values
+    world.add_integers(rows)
+    out: npt.NDArray[np.int64] = rows.cpu().numpy()
+    return out
+
+
+def classification_metrics(
+    labels: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64], *, num_classes: int
+) -> dict[str, float]:
+    """accuracy, f1 and matthews_correlation of predicted classes, by scikit-learn.
+
+    f1: of class 1 where there are two classes, else the plain mean over the classes that occur in either argument.
+    What has no answer (nothing predicted or nothing there) is 0.
+    """
+    from sklearn import metrics  # type: ignore[import-untyped]  # a second to import, and for classification alone
+
+    average = "binary" if num_classes == 2 else "macro"
+    return {
+        "accuracy": float(metrics.accuracy_score(labels, predictions)),
+        "f1": float(metrics.f1_score(labels, predictions, average=average, zero_division=0.0)),
+        "matthews_correlation": float(metrics.matthews_corrcoef(labels, predictions)),
+    }

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ardtrain.arena import ArenaLayout
+from ardtrain.heads import Heads
 
 PEFT_PREFIX = "base_model.model."
 # Largest logit difference to PEFT's, as a share of the largest logit: folding the scale into B rounds B once, in
@@ -24,28 +25,90 @@ PEFT_PREFIX = "base_model.model."
 LOGIT_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2, "fp16": 1e-2}
 
 
-def peft_tensors(master: Tensor, layout: ArenaLayout) -> dict[str, Tensor]:
-    """PEFT's names -> `lora_A.weight` [r, I] and `lora_B.weight` [O, r] with scale and diagonal folded into B."""
+def peft_tensors(
+    master: Tensor, layout: ArenaLayout, *, heads: Mapping[str, Heads] | None = None, gates: Tensor | None = None
+) -> dict[str, Tensor]:
+    """PEFT's names -> `lora_A.weight` [r, I] and `lora_B.weight` [O, r] with scale, diagonal and gates folded in.
+
+    Heads that own A and B become one block-diagonal pair of rank the sum of theirs. Magnitudes and linears that are
+    trained in full are written under PEFT's names for them.
+
+    Args:
+        heads: of the matrices that are cut by head. gates: as the method gives them (base.Method.gates).
+    """
     out: dict[str, Tensor] = {}
-    table = layout.table
-    for index, site in enumerate(table.sites):
-        if not table.ranks[index]:
-            continue
-        rows = layout.site_rows(master, index)
-        middle = rows["diagonal"] * site.scaling if "diagonal" in rows else site.scaling
-        out[f"{PEFT_PREFIX}{site.module}.lora_A.weight"] = rows["lora_A"].clone()
-        out[f"{PEFT_PREFIX}{site.module}.lora_B.weight"] = (rows["lora_B"] * middle).T.contiguous()
+    taken = 0
+    for module, (a, b, middle, width) in _matrices(master, layout, heads or {}).items():
+        if gates is not None:
+            own = gates[taken : taken + len(a) * width].view(len(a), width).to(master)
+            taken += len(a) * width
+            a, b = _gated(a, b, own, (heads or {}).get(module))
+        if len(a):
+            out[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.contiguous()
+            out[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (b * middle).T.contiguous()
+    for block in layout.all_blocks[len(layout.blocks) :]:
+        values = block.of(master).clone()
+        if block.part == "magnitude":
+            out[f"{PEFT_PREFIX}{block.module}.lora_magnitude_vector"] = values.view(-1)
+        else:
+            out[f"{PEFT_PREFIX}{block.module}.{block.part}"] = values.view(-1) if block.part == "bias" else values
     return out
 
 
-def peft_config(layout: ArenaLayout, *, base_model: str, revision: str | None, lora_dropout: float) -> dict[str, Any]:
+def _matrices(
+    master: Tensor, layout: ArenaLayout, heads: Mapping[str, Heads]
+) -> dict[str, tuple[Tensor, Tensor, Tensor | float, int]]:
+    """Module -> A [R, I], B [R, O], factor of B's rows, gates a component; heads in their places of the matrix."""
+    out: dict[str, tuple[Tensor, Tensor, Tensor | float, int]] = {}
+    table = layout.table
+    for index, site in enumerate(table.sites):
+        rows = layout.site_rows(master, index)
+        a, b = rows["lora_A"].clone(), rows["lora_B"].clone()
+        cut = heads.get(site.module)
+        if site.head is not None and cut is not None:
+            if cut.side == "out":
+                b = _placed(b, site.start, site.out_features * cut.count)
+            else:
+                a = _placed(a, site.start, site.in_features * cut.count)
+        middle = rows["diagonal"] * site.scaling if "diagonal" in rows else site.scaling
+        width = cut.count if cut is not None and site.head is None else 1
+        if site.module in out:
+            before = out[site.module]
+            a, b = torch.cat([before[0], a]), torch.cat([before[1], b])
+        out[site.module] = (a, b, middle, width)
+    return out
+
+
+def _placed(rows: Tensor, start: int, columns: int) -> Tensor:
+    """[R, columns]: rows [R, d] from column `start` on, zero elsewhere."""
+    out = rows.new_zeros(len(rows), columns)
+    out[:, start : start + rows.shape[1]] = rows
+    return out
+
+
+def _gated(a: Tensor, b: Tensor, gates: Tensor, cut: Heads | None) -> tuple[Tensor, Tensor]:
+    """A and B with gates [R, 1] or [R, H] folded into B, or into A where heads share B."""
+    if gates.shape[1] > 1 and cut is not None and cut.side == "in":
+        return (a.view(len(a), gates.shape[1], -1) * gates[:, :, None]).view(a.shape), b
+    return a, (b.view(len(b), gates.shape[1], -1) * gates[:, :, None]).view(b.shape)
+
+
+def peft_config(
+    layout: ArenaLayout,
+    *,
+    base_model: str,
+    revision: str | None,
+    lora_dropout: float,
+    task_type: str = "CAUSAL_LM",
+) -> dict[str, Any]:
     """The content of adapter_config.json."""
-    ranks = {s.module: r for s, r in zip(layout.table.sites, layout.table.ranks, strict=True) if r}
+    ranks = {module: sum(own) for module, own in layout.site_ranks.items() if sum(own)}
     largest = max(ranks.values(), default=1)
     uneven = {module: r for module, r in ranks.items() if r != largest}
+    parts = {(entry.module, entry.part) for entry in layout.dense}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model,
         "revision": revision,
         "r": largest,
@@ -55,22 +118,31 @@ def peft_config(layout: ArenaLayout, *, base_model: str, revision: str | None, l
         "rank_pattern": uneven,
         "alpha_pattern": uneven,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(part == "magnitude" for _, part in parts),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        # PEFT adds the top-level `classifier` or `score` itself: a path below it would be wrapped twice.
+        "modules_to_save": sorted({m.partition(".")[0] for m, part in parts if part != "magnitude"}) or None,
     }
 
 
-def write_peft(folder: Path, master: Tensor, layout: ArenaLayout, config: Mapping[str, Any]) -> None:
-    """Writes the two files and reads them back: names, shapes and bits.
+def write_peft(
+    folder: Path,
+    master: Tensor,
+    layout: ArenaLayout,
+    config: Mapping[str, Any],
+    *,
+    heads: Mapping[str, Heads] | None = None,
+    gates: Tensor | None = None,
+) -> None:
+    """Writes the two files and reads them back: names, shapes and bits. heads, gates: as in `peft_tensors`.
 
     Raises:
         ValueError: no component is left. RuntimeError: the files read back other than written.
     """
-    tensors = peft_tensors(master, layout)
+    tensors = peft_tensors(master, layout, heads=heads, gates=gates)
     if not tensors:
         raise ValueError("every site has rank 0: there is no adapter to export")
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,5 +165,5 @@ def compare_with_peft(folder: Path, base: torch.nn.Module, input_ids: Tensor, lo
 
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     with torch.no_grad():
-        theirs = model(input_ids=input_ids, use_cache=False).logits
+        theirs = model(input_ids=input_ids).logits
     return float((theirs.float() - logits.float()).abs().max())

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ardtrain.adapters import linear_modules
+from ardtrain.adapters import dense_entries, linear_modules
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import ModelSource, find_sites, load_tokenizer, meta_model
-from ardtrain.config import ConfigError, RunConfig, adapter_settings, check_schedule, num_warmup_steps
+from ardtrain.backbones import (
+    ModelSource,
+    find_sites,
+    head_linears,
+    load_tokenizer,
+    meta_model,
+    tower_config,
+)
+from ardtrain.config import (
+    AloraBlock,
+    ArdLoraBlock,
+    ConfigError,
+    RunConfig,
+    adapter_settings,
+    alora_steps,
+    ard_lora_warmups,
+    check_schedule,
+    num_warmup_steps,
+)
 from ardtrain.data import DataSettings, EvalData, TrainData
+from ardtrain.data_rows import find_labels
+from ardtrain.heads import Heads, find_heads, split_heads
 from ardtrain.methods import build
 from ardtrain.methods.base import Method
-from ardtrain.ranks import RankTable
+from ardtrain.ranks import Dense, RankTable, Site
+
+UNKNOWN_STEPS = 1 << 40  # longer than any schedule
 
 
 @dataclass(frozen=True)
@@ -29,6 +52,9 @@ class Shape:
     num_trained: int
     num_base: int
     backbone_fingerprint: str
+    heads: Mapping[str, Heads] = field(default_factory=dict)  # of ARD-LoRA
+    dense: tuple[Dense, ...] = ()
+    labels: tuple[str, ...] = ()  # of a classification run
 
 
 def model_source(config: RunConfig) -> ModelSource:
@@ -40,30 +66,70 @@ def check_model(config: RunConfig) -> Shape:
     """Finds the sites on the meta device.
 
     Raises:
-        ConfigError: a target matches nothing, a rank exceeds a module, an unknown tower.
+        ConfigError: a target matches nothing, a rank exceeds a module or a head, an unknown tower, labels that do not
+            fit.
     """
+    labels = read_labels(config)
     try:
-        model = meta_model(model_source(config))
-        towers = {tower: adapter_settings(config, tower) for tower in config.targets}
-        sites, ranks = find_sites(
-            model,
-            target_modules=config.target_modules,
-            exclude_modules=config.exclude_modules,
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            tower_settings={tower: (s.r, s.lora_alpha) for tower, s in towers.items()},
-        )
+        model = meta_model(model_source(config), num_labels=len(labels) or None)
+        trained_linears = head_linears(model) if labels else {}
+        sites, ranks, heads = _sites(config, model)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    table = RankTable.start(sites, ranks)
     shapes = [[name, list(p.shape)] for name, p in model.named_parameters()]
     text = json.dumps([type(model).__name__, shapes, list(linear_modules(model))])
-    layout = ArenaLayout(table, make_method(config, total_steps=1).entries)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
     num_base = sum(p.numel() for p in model.parameters())
-    return Shape(table, layout.num_trained, num_base, hashlib.sha256(text.encode()).hexdigest())
+    table = RankTable.start(sites, ranks)
+    if config.method == "full":
+        return Shape(RankTable.start((), ()), num_base, num_base, fingerprint, labels=labels)
+    shape = Shape(table, 0, num_base, fingerprint, heads, dense_entries(trained_linears), labels)
+    method = make_method(config, shape, total_steps=UNKNOWN_STEPS)  # for shapes alone
+    dense = (*method.dense(sites), *shape.dense)
+    num_trained = ArenaLayout(table, method.entries, dense).num_trained
+    return replace(shape, num_trained=num_trained, dense=dense)
 
 
-def data_settings(config: RunConfig) -> DataSettings:
+def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[int], dict[str, Heads]]:
+    """Sites, first ranks and, for ARD-LoRA, the matrices that are cut by head."""
+    towers = {tower: adapter_settings(config, tower) for tower in config.targets}
+    sites, ranks = find_sites(
+        model,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        tower_settings={tower: (s.r, s.lora_alpha) for tower, s in towers.items()},
+    )
+    if config.use_rslora:
+        sites = [replace(s, scaling=s.scaling * math.sqrt(r)) for s, r in zip(sites, ranks, strict=True)]
+    if config.method != "ard_lora":
+        return sites, ranks, {}
+    block = config.ard_lora or ArdLoraBlock()
+    configs = {site.tower: tower_config(model, site.tower) for site in sites}
+    heads = find_heads(sites, configs, mlp_heads=block.mlp_heads, chosen=block.head_modules)
+    if block.layout == "own_a":
+        sites, ranks = split_heads(sites, ranks, heads)
+    return sites, ranks, heads
+
+
+def read_labels(config: RunConfig) -> tuple[str, ...]:
+    """The classes of a classification run, found in the training rows unless the config names them; else ().
+
+    Raises:
+        ConfigError: a row without a label, or with one of another kind.
+    """
+    if config.task != "sequence_classification":
+        return ()
+    if config.data.label_names is not None:
+        return config.data.label_names
+    try:
+        return find_labels(config.data.train_file, data_settings(config))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error).splitlines()) from error
+
+
+def data_settings(config: RunConfig, labels: tuple[str, ...] = ()) -> DataSettings:
     """The config's `data` block and the settings of rows, in the data layer's own form."""
     template = config.chat_template
     if template is not None and len(template) < 1024 and Path(template).is_file():
@@ -71,7 +137,7 @@ def data_settings(config: RunConfig) -> DataSettings:
     d = config.data
     return DataSettings(
         train_files=d.train_file,
-        format=d.format,
+        format="classification" if config.task == "sequence_classification" else d.format,
         prompt_field=d.prompt_field,
         completion_field=d.completion_field,
         messages_field=d.messages_field,
@@ -84,6 +150,9 @@ def data_settings(config: RunConfig) -> DataSettings:
         truncation=config.truncation,
         on_bad_row=d.on_bad_row,
         seed=config.seed,
+        text_pair_field=d.text_pair_field,
+        label_field=d.label_field,
+        labels=labels or None,
     )
 
 
@@ -95,14 +164,16 @@ def cache_dir() -> Path:
     return Path(root) / "rows"
 
 
-def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TrainData, EvalData | None]:
+def open_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()
+) -> tuple[TrainData, EvalData | None]:
     """Tokenises (or finds the cache) and lays out the steps.
 
     Raises:
         ConfigError: broken rows, too few rows, or a schedule that does not fit into the run's steps.
     """
     assert config.global_batch_size is not None
-    settings = data_settings(config)
+    settings = data_settings(config, labels)
     try:
         train = TrainData(
             settings,
@@ -126,13 +197,80 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tr
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
     check_schedule(config, train.num_steps)
+    _check_rounds(config, train)
     return train, held_out
 
 
-def make_method(config: RunConfig, *, total_steps: int) -> Method:
+def open_allocation_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()
+) -> EvalData | None:
+    """Held-out rows for the allocator, where the method looks at some: ALoRA's fixed batch, ARD-LoRA's alternation.
+
+    Raises:
+        ConfigError: the file holds fewer rows than ALoRA's batch.
+    """
+    alora = config.method == "alora"
+    ard = config.method == "ard_lora" and config.ard_lora is not None and config.ard_lora.meta_interval > 0
+    if not (alora or ard):
+        return None
+    path = config.data.allocation_file or config.data.eval_file
+    assert path is not None, "the config checks this"
+    block = config.alora or AloraBlock()
+    try:
+        return EvalData(
+            data_settings(config, labels),
+            [path],
+            tokenizer,
+            cache_dir(),
+            grain_size=config.per_device_eval_batch_size,
+            choose=(block.val_batch, config.seed) if alora else None,
+        )
+    except (OSError, ValueError) as error:
+        source = f"alora.val_batch={block.val_batch}: " if alora else ""
+        raise ConfigError([source + line for line in str(error).splitlines()]) from error
+
+
+def _check_rounds(config: RunConfig, train: TrainData) -> None:
+    """ALoRA's first round must leave a step to train (methods.md 3.3)."""
+    if config.method != "alora":
+        return
+    k1, _ = alora_steps(config.alora or AloraBlock(), steps_per_epoch(config, train))
+    if k1 >= train.num_steps:
+        raise ConfigError(
+            [
+                f"alora.k1 is {k1} steps and the run has {train.num_steps}: no step is left to adapt; lower alora.k1 "
+                "(epochs) or alora.k1_steps, or train longer"
+            ]
+        )
+
+
+def steps_per_epoch(config: RunConfig, train: TrainData) -> float:
+    """Optimizer steps of one pass over the rows."""
+    assert config.global_batch_size is not None
+    return train.num_rows(0) / config.global_batch_size
+
+
+def make_method(config: RunConfig, shape: Shape, *, total_steps: int, steps_per_epoch: float = 1.0) -> Method:
     """The config's method with its own block's settings."""
     block = getattr(config, config.method, None)
-    return build(config.method, block.model_dump() if block is not None else {}, total_steps=total_steps)
+    settings: dict[str, Any] = block.model_dump() if block is not None else {}
+    shared: dict[str, tuple[int, str]] = {}
+    if config.method == "alora":
+        alora = config.alora or AloraBlock()
+        k1, k2 = alora_steps(alora, steps_per_epoch)
+        settings = {"k1": k1, "k2": k2} | {
+            name: getattr(alora, name) for name in ("n_a", "rounds", "prune_only_harmful", "revive")
+        }
+    elif config.method == "ard_lora":
+        ard = config.ard_lora or ArdLoraBlock()
+        settings = ard.model_dump()
+        for name in ("layout", "head_modules", "mlp_heads", "budget"):
+            del settings[name]
+        settings["init_warmup"], settings["final_warmup"] = ard_lora_warmups(ard, total_steps)
+        settings["target_r"] = (ard.target_r or float(config.r)) if ard.budget else None
+        if ard.layout == "shared_a":
+            shared = {m: (h.count, "lora_B" if h.side == "out" else "lora_A") for m, h in shape.heads.items()}
+    return build(config.method, settings, total_steps=total_steps, table=shape.table, shared_heads=shared)
 
 
 def schedule_text(config: RunConfig, train: TrainData) -> str:

@@ -172,7 +172,7 @@ class RankPlan:
     @cached_property
     def digest(self) -> str:
         scores = sorted((name, value.hex()) for name, value in self.scores.items())
-        content: list[Any] = [self.table_digest, self.reason, scores]
+        content: list[Any] = [self.table_digest, self.reason, self.again, scores]
         for index in sorted(self.changes):
             change = self.changes[index]
             fold = [[p, part, [f.hex() for f in factors]] for p, part, factors in change.fold]

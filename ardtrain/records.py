@@ -43,8 +43,10 @@ class Records:
 
     def evaluation(self, step: int, held_out: HeldOut) -> None:
         """Records a held-out loss and says it."""
-        self._log.metrics(step, {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity})
-        self._log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} tokens")
+        self._log.metrics(step, {f"eval_{name}": value for name, value in held_out.numbers().items()})
+        unit = "rows" if held_out.metrics else "tokens"
+        others = "".join(f", {name} {value:.4f}" for name, value in held_out.metrics.items())
+        self._log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} {unit}{others}")
 
     def _event(self, result: StepResult, record: ResizeRecord) -> None:
         number, plan = self._trainer.state.events, record.plan
@@ -55,6 +57,7 @@ class Records:
                 "after": record.after.ranks[i],
                 "pruned": record.before.ranks[i] - len(change.keep),
                 "born": change.born,
+                "masked": len(change.zero),
             }
             for i, change in sorted(plan.changes.items())
         ]
@@ -63,7 +66,7 @@ class Records:
             "total_rank": record.after.total,
             "digest": record.after.digest,
             "reason": plan.reason,
-            "scores": dict(plan.scores),
+            "scores": {**plan.scores, **result.notes},
             "changes": changes,
             "seconds": record.seconds,
         }

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from transformers import PreTrainedModel
 
 from ardtrain import __version__, checkpoint, export, preflight
-from ardtrain.adapters import attach, bind_arena
+from ardtrain.ablation import AblationScorer
+from ardtrain.adapters import AdapterLinear, DenseLinear, Form, attach, attach_dense, bind_arena, first_dense
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import DTYPES, load_model
+from ardtrain.backbones import DTYPES, head_linears, init_head, load_model
 from ardtrain.collectives import World, idle_share
 from ardtrain.config import (
+    AloraBlock,
+    ArdLoraBlock,
     ConfigError,
     RunConfig,
     adapter_settings,
@@ -108,7 +112,8 @@ def validate(path: str | Path, overrides: Sequence[str]) -> str:
     """`ardtrain validate CONFIG`: all checks, no weights; returns the summary. Raises ConfigError."""
     prepared = prepare(path, overrides, world_size=1)
     tokenizer = preflight.tokenizer_of(prepared.config)
-    data, _ = preflight.open_data(prepared.config, tokenizer)
+    data, _ = preflight.open_data(prepared.config, tokenizer, prepared.shape.labels)
+    preflight.open_allocation_data(prepared.config, tokenizer, prepared.shape.labels)
     return preflight.summary(prepared.config, prepared.shape, data, prepared.notes)
 
 
@@ -205,12 +210,18 @@ class Run:
         start_deepspeed(world.device)
         tokenizer = preflight.tokenizer_of(config)
         if identity.local_rank == 0:
-            preflight.open_data(config, tokenizer)
+            preflight.open_data(config, tokenizer, shape.labels)
         world.barrier("rows tokenised")
-        self.data, self.eval_data = preflight.open_data(config, tokenizer)
+        self.data, self.eval_data = preflight.open_data(config, tokenizer, shape.labels)
+        self.allocation_data = preflight.open_allocation_data(config, tokenizer, shape.labels)
         self.identity = checkpoint.Identity(shape.backbone_fingerprint, self.data.fingerprint, _versions())
         world.agree("config, model or data", _digest(dump_config(config), shape, self.data.fingerprint), step=0)
-        self.method = preflight.make_method(config, total_steps=self.data.num_steps)
+        self.method = preflight.make_method(
+            config,
+            shape,
+            total_steps=self.data.num_steps,
+            steps_per_epoch=preflight.steps_per_epoch(config, self.data),
+        )
         self.resumed = self._find_checkpoint()
         if world.is_main:
             write_status(run_dir, "started", self.resumed.loop["step"] if self.resumed else 0)
@@ -222,6 +233,7 @@ class Run:
             engine_config=prepared.plan.adapter,
             adam=_adam(config),
             seed=config.seed,
+            dense=shape.dense,
         )
         self._build_backbone()
         self.trainer = self._build_trainer()
@@ -237,22 +249,48 @@ class Run:
             parts=self.method.entries,
             kinds=self.method.state_tensors(),
             identity=self.identity,
+            dense=self.prepared.shape.dense,
         )
 
     def _build_backbone(self) -> None:
         config, plan = self.config, self.prepared.plan
-        model = load_model(preflight.model_source(config), compute_dtype=plan.compute_dtype)
+        shape = self.prepared.shape
+        model = self._load_base()
         if config.gradient_checkpointing:  # non-reentrant: the views are no arguments of the checkpointed function
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        sites = self.prepared.shape.table.sites
+        sites = shape.table.sites
         dropout = {s.tower: adapter_settings(config, s.tower).lora_dropout for s in sites}
-        self.adapters = attach(model, sites, dropout=dropout)
+        form: Form = "plain"
+        if config.method == "dora":
+            form = "dora"
+        elif config.method == "ard_lora":
+            form = (config.ard_lora or ArdLoraBlock()).layout
+        self.adapters: dict[str, AdapterLinear | DenseLinear] = {
+            **attach(model, sites, dropout=dropout, form=form, heads=shape.heads)
+        }
+        if shape.labels:
+            self.adapters |= attach_dense(model, list(head_linears(model)))
+        self.first_dense = first_dense(self.adapters)
         self.backbone = BackboneEngine(model, stage=plan.backbone_stage, config=plan.backbone, device=self.world.device)
+
+    def _load_base(self) -> PreTrainedModel:
+        """The base as transformers loads it; a new classifier head is a function of the run's seed."""
+        labels = self.prepared.shape.labels
+        model = load_model(
+            preflight.model_source(self.config),
+            compute_dtype=self.prepared.plan.compute_dtype,
+            num_labels=len(labels) or None,
+            label_names=labels or None,
+            pad_token_id=self.data.pad_token_id if labels else None,
+        )
+        if labels:
+            init_head(model, self.config.seed)
+        return model
 
     def _build_trainer(self) -> Trainer:
         config, loaded = self.config, self.resumed
         if loaded is None:
-            self.arena.start(self.prepared.shape.table)
+            self.arena.start(self.prepared.shape.table, self.first_dense)
             fp16 = self.prepared.plan.compute_dtype == "fp16"
             state = LoopState(loss_scale=LOSS_SCALE_START if fp16 else 1.0)
         else:
@@ -268,13 +306,30 @@ class Run:
             max_skipped_steps=config.max_skipped_steps,
             score_at=config.score_at,
             compute_dtype=DTYPES[self.prepared.plan.compute_dtype],
-            lora_plus_ratio=1.0,
+            lora_plus_ratio=config.optimizer.lora_plus_ratio,
             eval_on_start=config.eval_on_start,
             eval_steps=config.eval_steps,
             save_steps=config.save_steps,
         )
         parts = (self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data)
-        return Trainer(settings, self.world, *parts, state=state)
+        trainer = Trainer(settings, self.world, *parts, self.allocation_data, state=state)
+        if self.method.needs.ablation:
+            trainer.ablation = self._make_ablation()
+        return trainer
+
+    def _make_ablation(self) -> AblationScorer:
+        assert self.allocation_data is not None
+        block = self.config.alora or AloraBlock()
+        return AblationScorer(
+            self.backbone.module,
+            {m: a for m, a in self.adapters.items() if isinstance(a, AdapterLinear)},
+            self.allocation_data,
+            world=self.world,
+            mask_dtype=DTYPES[self.prepared.plan.compute_dtype],
+            release=self.backbone.release,
+            ablations_per_forward=block.ablations_per_forward,
+            shortlist=block.shortlist,
+        )
 
     def execute(self) -> None:
         """Trains, saves, exports. All processes must call this."""
@@ -346,8 +401,10 @@ class Run:
             base_model=self.config.model_name_or_path,
             revision=self.config.revision,
             lora_dropout=self.config.lora_dropout,
+            task_type="SEQ_CLS" if self.prepared.shape.labels else "CAUSAL_LM",
         )
-        export.write_peft(folder, master, layout, config)
+        gates = self.method.gates(self.trainer.state.step)
+        export.write_peft(folder, master, layout, config, heads=self.prepared.shape.heads, gates=gates)
 
     def _export_final(self) -> float | None:
         """The final adapter, complete and compared with PEFT's reading before it gets its name; all must call this.
@@ -357,9 +414,15 @@ class Run:
         """
         ids = torch.arange(1, 33, device=self.world.device).remainder(self._vocab_size())[None]
         module = self.backbone.module.eval()
-        bind_arena(self.adapters, self.arena.layout, self.arena.engine.weights)
+        gates = self.method.gates(self.trainer.state.step)
+        bind_arena(
+            self.adapters,
+            self.arena.layout,
+            self.arena.engine.weights,
+            None if gates is None else gates.to(self.world.device),
+        )
         with torch.no_grad():
-            logits = module(input_ids=ids, use_cache=False).logits.cpu()
+            logits = module(input_ids=ids).logits.cpu()
         difference, problem = None, ""
         if self.world.is_main:
             try:
@@ -378,7 +441,7 @@ class Run:
         dtype = self.prepared.plan.compute_dtype
         difference = None
         if self.prepared.shape.num_base * DTYPES[dtype].itemsize <= LOGITS_CHECK_BYTES:
-            base = load_model(preflight.model_source(self.config), compute_dtype=dtype)
+            base = self._load_base()
             difference = export.compare_with_peft(building, base, ids, logits)
             limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
             if not difference <= limit:

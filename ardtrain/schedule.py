@@ -57,3 +57,25 @@ def next_loss_scale(scale: float, good_steps: int) -> tuple[float, int]:
     if good_steps + 1 < LOSS_SCALE_GROWTH_STEPS:
         return scale, good_steps + 1
     return min(scale * 2.0, 2.0**24), 0
+
+
+def falling_budget(step: int, *, first: int, last: int, total_steps: int, tinit: int, tfinal: int) -> int:
+    """AdaLoRA's b(t) = floor(bT + (b0 - bT) * (1 - (t - ti) / (T - ti - tf))^3), b0 until ti, bT from T - tf.
+
+    The paper's appendix prints t - ti - tf in the numerator, which exceeds b0 after warm-up; this is the form of its
+    code. Here in whole numbers: in floats a budget that is whole may come out one too low.
+
+    Args:
+        first, last: b0 >= bT, in components. tinit, tfinal: ti and tf.
+    Raises:
+        ValueError: no step lies between the two phases.
+    Source: AdaLoRA (arXiv 2303.10512), the authors' code and PEFT's; methods.md 4.3.
+    """
+    span = total_steps - tfinal - tinit
+    if span <= 0:
+        raise ValueError(
+            f"adalora.tinit={tinit} + adalora.tfinal={tfinal} leave no step of {total_steps} in which the budget could "
+            "fall; lower them"
+        )
+    left = min(span, max(0, total_steps - tfinal - step))
+    return last + (first - last) * left**3 // span**3

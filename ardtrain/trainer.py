@@ -340,7 +340,10 @@ class Trainer:
                 "learning_rate, or raise max_skipped_steps"
             )
         counts = (sum(total.tokens), sum(total.processed))
-        return StepResult(step, loss, 0.0, math.nan, lr, *counts, True, stop_flag=total.flag)
+        record = None
+        if step == self.settings.total_steps - 1:  # AdaLoRA's last step removes what is masked, void or not
+            _, record, _ = self._allocate(step)
+        return StepResult(step, loss, 0.0, math.nan, lr, *counts, True, record, stop_flag=total.flag)
 
     def _refuse_untouched(self, gradient: Tensor) -> None:
         """At the first step every adapter must have received a gradient.

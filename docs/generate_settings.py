@@ -14,8 +14,6 @@ from pydantic.fields import FieldInfo
 
 from ardtrain.config import (
     ALIASES,
-    METHODS,
-    WORKING_METHODS,
     DataBlock,
     ElaLoraBlock,
     OptimizerBlock,
@@ -45,12 +43,6 @@ def type_text(annotation: object) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return type_text(arguments[0])
-    if origin is typing.Literal and arguments == METHODS:
-        return (
-            ", ".join(sorted(WORKING_METHODS))
-            + "; known by name and not built yet: "
-            + ", ".join(name for name in METHODS if name not in WORKING_METHODS)
-        )
     if origin is typing.Literal:
         return ", ".join(str(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):

@@ -31,7 +31,7 @@ def write_run(folder, name="run", **settings):
         "max_length": 64,
     }
     path = folder / f"{name}.yaml"
-    path.write_text(json.dumps(values | settings))  # JSON is YAML
+    path.write_text(json.dumps({k: v for k, v in (values | settings).items() if v is not None}))  # JSON is YAML
     return path
 
 

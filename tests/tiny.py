@@ -14,11 +14,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ardtrain.adapters import attach
+from ardtrain.adapters import attach, first_dense
 from ardtrain.backbones import find_sites
 from ardtrain.collectives import World
 from ardtrain.data import build_batch
 from ardtrain.engines import AdamSettings, BackboneEngine, start_deepspeed
+from ardtrain.heads import find_heads, split_heads
+from ardtrain.methods.ard_lora import ArdLora, ArdLoraSettings
+from ardtrain.methods.base import FixedRank
 from ardtrain.methods.elalora import ElaLora, ElaLoraSettings
 from ardtrain.ranks import RankTable, Site, named_seed
 from ardtrain.resize import LiveArena
@@ -198,6 +201,36 @@ def elalora(**changes):
     return ElaLora(replace(ELALORA, **changes))
 
 
+ARD = ArdLoraSettings(
+    total_steps=60,
+    init_warmup=4,
+    final_warmup=12,
+    tie="none",
+    mask="ramp",
+    ramp_width=1.0,
+    sigmoid_tau=(1.0, 0.1),
+    lr_alpha=0.2,
+    alpha_scale="rms",
+    alpha_interval=2,
+    resize_interval=4,
+    meta_interval=0,
+    l1=0.0,
+    l1_max=10.0,
+    tv_form="temporal",
+    beta=0.25,
+    target_r=2.0,
+    controller_rate=0.5,
+    budget_in="components",
+    r_max=None,
+    capacities=None,
+)
+
+
+def ard_lora(**changes):
+    """A maker of ARD-LoRA for `tiny_trainer`: alphas learn from step 4 to 47 of 60."""
+    return lambda table, shared: ArdLora(replace(ARD, **changes), table, shared)
+
+
 LOOP = LoopSettings(
     seed=7,
     total_steps=60,
@@ -225,6 +258,8 @@ def tiny_trainer(
     lora_alpha=8.0,
     target_modules="all-linear",
     dropout=0.0,
+    form="plain",
+    mlp_heads=1,
     backbone=None,
     adapter=None,
     adam=None,
@@ -235,6 +270,8 @@ def tiny_trainer(
 
     Args:
         backbone, adapter: DeepSpeed configs (default: both as simple as can be); loop: changes of `LOOP`.
+        method: a method, or a function that makes one of (table, heads that share components).
+        form: of the adapters; own_a and shared_a cut the attention matrices by head.
         start: False leaves the arena unbuilt, for a checkpoint to fill.
     """
     world = world or single_world()
@@ -245,11 +282,26 @@ def tiny_trainer(
     sites, ranks = find_sites(
         model, target_modules=target_modules, exclude_modules=None, r=r, lora_alpha=lora_alpha, tower_settings={}
     )
-    adapters = attach(model, sites, dropout={"language": dropout})
+    heads = find_heads(sites, {"language": model.config}, mlp_heads=mlp_heads) if form.endswith("_a") else {}
+    shared = {m: (h.count, "lora_B" if h.side == "out" else "lora_A") for m, h in heads.items()}
+    if form == "own_a":
+        sites, ranks = split_heads(sites, ranks, heads)
+    table = RankTable.start(sites, ranks)
+    if not isinstance(method, FixedRank):
+        method = method(table, shared if form == "shared_a" else {})
+    adapters = attach(model, sites, dropout={"language": dropout}, form=form, heads=heads)
+    first = first_dense(adapters)
     engine = BackboneEngine(model, stage=backbone["zero_optimization"]["stage"], config=backbone, device=world.device)
-    arena = LiveArena(method, world=world, engine_config=adapter, adam=adam or AdamSettings(), seed=settings.seed)
+    arena = LiveArena(
+        method,
+        world=world,
+        engine_config=adapter,
+        adam=adam or AdamSettings(),
+        seed=settings.seed,
+        dense=method.dense(sites),
+    )
     if start:
-        arena.start(RankTable.start(sites, ranks))
+        arena.start(table, first)
     model.train()
     return Trainer(settings, world, engine, adapters, arena, method, data or TokenBatches())
 

@@ -7,14 +7,17 @@ back to an equal object. Every mistake is a `ConfigError`: one line each of sett
 
 from ardtrain.config.models import (
     METHODS,
-    WORKING_METHODS,
     AdapterSettings,
+    AloraBlock,
+    ArdLoraBlock,
     DataBlock,
     ElaLoraBlock,
     OptimizerBlock,
     RunConfig,
     TargetBlock,
     adapter_settings,
+    alora_steps,
+    ard_lora_warmups,
     num_warmup_steps,
     schedule_errors,
 )
@@ -33,8 +36,9 @@ from ardtrain.config.text import ConfigError, read_deepspeed_json
 __all__ = [
     "ALIASES",
     "METHODS",
-    "WORKING_METHODS",
     "AdapterSettings",
+    "AloraBlock",
+    "ArdLoraBlock",
     "ConfigError",
     "DataBlock",
     "ElaLoraBlock",
@@ -43,6 +47,8 @@ __all__ = [
     "TargetBlock",
     "accumulation_steps",
     "adapter_settings",
+    "alora_steps",
+    "ard_lora_warmups",
     "check_schedule",
     "dump_config",
     "load_config",

@@ -11,7 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Method = Literal["ard_lora", "elalora", "alora", "lora", "dora", "adalora", "full"]
 METHODS: tuple[str, ...] = get_args(Method)
-WORKING_METHODS = frozenset({"lora", "elalora"})  # the others are refused by name
+NEEDS_BLOCK = {  # method -> settings of its block that have no default
+    "elalora": "init_warmup, final_warmup and mask_interval",
+    "adalora": "target_r, tinit and tfinal",
+}
 SIGNALS = Literal["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"]
 
 
@@ -61,6 +64,14 @@ class DataBlock(Block):
     """str.format over the row's fields instead of prompt_field, such as "{instruction}\\n{input}\\n"."""
     completion_template: str | None = None
     """str.format over the row's fields instead of completion_field."""
+    text_pair_field: str | None = None
+    """Second text of a row (sequence classification)."""
+    label_field: str = "label"
+    """A number from 0 or a name (sequence classification)."""
+    label_names: tuple[str, ...] | None = None
+    """Names of the labels in order; None: found in the training rows."""
+    allocation_file: str | None = None
+    """Rows that the allocator may look at (ALoRA's batch, ARD-LoRA's alternation); None: eval_file."""
     on_bad_row: Literal["error", "skip"] = "error"
     """skip: left out and counted."""
 
@@ -83,6 +94,8 @@ class OptimizerBlock(Block):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    lora_plus_ratio: float = Field(default=1.0, ge=1)
+    """Learning rate of B beside A's (LoRA+, arXiv 2402.12354); 1: the same."""
 
 
 class ElaLoraBlock(Block):
@@ -115,6 +128,102 @@ class ElaLoraBlock(Block):
     """Length of newborn vectors: the mean of the site's rows (ours) or 1 (published)."""
 
 
+class AdaLoraBlock(Block):
+    """AdaLoRA (arXiv 2303.10512), PEFT's names; `r` is its init_r, total_step is the run's. Source: methods.md 4.3."""
+
+    target_r: int = Field(ge=1)
+    """Average rank of a site at the end; the published runs start at 1.5 times it."""
+    tinit: int = Field(ge=0)
+    """Steps before the first reduction."""
+    tfinal: int = Field(ge=0)
+    """Last steps of the run, in which the mask stays."""
+    deltaT: int = Field(default=1, ge=1)
+    """Steps between two reductions."""
+    beta1: float = Field(default=0.85, ge=0, lt=1)
+    """Decay of the sensitivity's average."""
+    beta2: float = Field(default=0.85, ge=0, lt=1)
+    """Decay of the average of its spread."""
+    orth_reg_weight: float = Field(default=0.5, ge=0)
+    reg_orth_form: Literal["mean_norm", "squared"] = "mean_norm"
+    """mean_norm: the published code and PEFT; squared: the paper."""
+    compact: Literal["end", "freeze"] = "end"
+    """When masked components are removed: with the last step (published), or when the mask is fixed."""
+
+
+class AloraBlock(Block):
+    """ALoRA (arXiv 2403.16187), the paper's values. Source: methods.md 3."""
+
+    n_a: int | None = Field(default=None, ge=1)
+    """Components moved in a round; None: as many as a decoder layer has matrices."""
+    k1: float = Field(default=1.0, gt=0)
+    """Epochs before the first round."""
+    k2: float = Field(default=0.25, gt=0)
+    """Epochs between two rounds."""
+    k1_steps: int | None = Field(default=None, ge=1)
+    """k1 in optimizer steps; wins over it."""
+    k2_steps: int | None = Field(default=None, ge=1)
+    """k2 in optimizer steps; wins over it."""
+    rounds: int = Field(default=8, ge=1)
+    """Rounds at most."""
+    val_batch: int = Field(default=32, ge=1)
+    """Rows of the fixed batch that components are judged on, drawn once from data.allocation_file."""
+    prune_only_harmful: bool = False
+    """Prune only components that score below an empty one."""
+    revive: bool = False
+    """A matrix that has lost all components may gain again."""
+    ablations_per_forward: int = Field(default=8, ge=1)
+    """Components judged in one forward pass; bits depend on it, memory grows with it."""
+    shortlist: float | None = Field(default=None, gt=0, le=1)
+    """Score only this share exactly, the lowest by a first-order estimate (not the paper's method); None: all."""
+
+
+class ArdLoraBlock(Block):
+    """ARD-LoRA (arXiv 2506.18267); what the paper leaves open is ours. Source: methods.md 1.3, 1.4."""
+
+    layout: Literal["own_a", "shared_a"] = "own_a"
+    """own_a: each head its own A and B; shared_a: the heads of a matrix share one side."""
+    head_modules: tuple[str, ...] | None = None
+    """Endings of the matrices that are cut by head; None: all attention matrices."""
+    mlp_heads: int = Field(default=1, ge=1)
+    """Pseudo-heads of each feed-forward matrix."""
+    tie: Literal["none", "head", "matrix", "layer"] = "none"
+    """What shares one alpha: nothing, a head's q, k, v and o, the heads of a matrix, or a layer."""
+    init_warmup: int | None = Field(default=None, ge=0)
+    """Steps with fixed ranks at the start; None: a tenth of the run."""
+    final_warmup: int | None = Field(default=None, ge=1)
+    """Last steps, with frozen ranks; None: a quarter of the run."""
+    mask: Literal["ramp", "sigmoid", "straight_through"] = "ramp"
+    ramp_width: float = Field(default=1.0, gt=0)
+    """Components that the ramp's slope covers."""
+    sigmoid_tau: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 0.1)
+    """Temperature at the start and at the end of the adapt phase."""
+    lr_alpha: float = Field(default=0.05, gt=0)
+    alpha_scale: Literal["rms", "none"] = "rms"
+    """rms: alpha's gradient in units of its root mean square over all alphas; none: as it is."""
+    alpha_interval: int = Field(default=8, ge=1)
+    """Steps whose gradients are averaged for one step of alpha."""
+    resize_interval: int = Field(default=100, ge=1)
+    """Steps between two looks at the capacities."""
+    meta_interval: int = Field(default=0, ge=0)
+    """0: alpha learns from the training rows; n: from a held-out minibatch every n steps."""
+    l1: float = Field(default=0.0, ge=0)
+    """First price of a component, in alpha_scale's units; the controller moves it."""
+    l1_max: float = Field(default=10.0, gt=0)
+    tv_form: Literal["temporal", "temporal_l2"] = "temporal"
+    beta: float = Field(default=0.25, ge=0, lt=1)
+    """Weight of the total variation beside the l1 price; below 1, or no rank would ever fall."""
+    target_r: float | None = Field(default=None, gt=0)
+    """Average rank that the controller and the freeze hold; None: r."""
+    budget: bool = True
+    """false: no controller and no projection; ranks follow l1 alone."""
+    controller_rate: float = Field(default=0.5, ge=0)
+    budget_in: Literal["components", "parameters"] = "components"
+    r_max: int | None = Field(default=None, ge=1)
+    """Largest rank; None: twice the start's."""
+    capacities: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Sizes that tensors may have; None: 1 to 8, then 10, 12, 14, 16, 20, 24, ..."""
+
+
 class RunConfig(Block):
     """One run. PEFT's and Hugging Face's names; a method's own settings stand in a block of its name."""
 
@@ -128,11 +237,15 @@ class RunConfig(Block):
     tokenizer_name_or_path: str | None = None
     """None: the base's own."""
 
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """sequence_classification: the head is trained in full and saved with the adapter."""
     method: Method
     r: int = Field(default=8, ge=1)
     """Rank of each site at the start."""
     lora_alpha: float = Field(default_factory=lambda data: 2.0 * data["r"], gt=0)
     """Scale is lora_alpha / r of the start, for the whole run; default 2 r."""
+    use_rslora: bool = False
+    """Scale lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
     """all-linear, a list of name endings, or one regular expression for the full name (PEFT)."""
@@ -141,6 +254,9 @@ class RunConfig(Block):
     targets: dict[str, TargetBlock] = {}
     """Adapter settings by tower, such as {vision: {r: 4}}."""
     elalora: ElaLoraBlock | None = None
+    adalora: AdaLoraBlock | None = None
+    alora: AloraBlock | None = None
+    ard_lora: ArdLoraBlock | None = None
 
     data: DataBlock
     max_length: int = Field(default=512, ge=2)
@@ -220,17 +336,53 @@ class RunConfig(Block):
 
     def _method_errors(self) -> list[str]:
         errors = []
-        if self.method not in WORKING_METHODS:
-            works = ", ".join(sorted(WORKING_METHODS))
-            errors.append(f"method={self.method} is not built yet; these work: {works}")
-        if self.method == "elalora" and self.elalora is None:
-            errors.append("method=elalora needs a block `elalora:` with init_warmup, final_warmup and mask_interval")
-        if self.method == "elalora" and max(self.r, *(tower.r or 1 for tower in self.targets.values()), 1) == 1:
+        for name in METHODS:
+            if name == self.method and name in NEEDS_BLOCK and getattr(self, name) is None:
+                errors.append(f"method={name} needs a block `{name}:` with {NEEDS_BLOCK[name]}")
+            if name != self.method and getattr(self, name, None) is not None:
+                errors.append(
+                    f"{name} is the block of another method than method={self.method}; remove it ({name}=null)"
+                )
+        ranks = [tower.r for tower in self.targets.values() if tower.r is not None]
+        if self.method == "elalora" and max(self.r, *ranks, 1) == 1:
             errors.append(
                 "r=1 leaves ElaLoRA nothing to prune (one component stays in each site); raise r to 2 or more"
             )
-        if self.method != "elalora" and self.elalora is not None:
-            errors.append(f"elalora is the block of another method than method={self.method}; remove it (elalora=null)")
+        if self.adalora is not None and self.adalora.target_r > self.r:
+            errors.append(
+                f"adalora.target_r={self.adalora.target_r} exceeds the first rank, r={self.r}; AdaLoRA only masks: "
+                "raise r (the published runs start at 1.5 times the target) or lower target_r"
+            )
+        if self.ard_lora is not None:
+            errors += self._ard_lora_errors(self.ard_lora)
+        if self.method == "full":
+            for name in ("r", "use_rslora", "lora_dropout", "target_modules", "exclude_modules"):
+                field = type(self).model_fields[name]
+                unset = name not in self.model_fields_set or getattr(self, name) == field.get_default()
+                if not unset:  # a resolved config names every setting
+                    errors.append(f"{name} has no meaning for method=full, which trains every weight; remove it")
+        if self.method == "alora" and self.data.allocation_file is None and self.data.eval_file is None:
+            errors.append("method=alora judges components on held-out rows; set data.allocation_file or data.eval_file")
+        if self.task == "sequence_classification" and self.packing:
+            errors.append("packing=true has no meaning for task=sequence_classification, one label a row; remove it")
+        return errors
+
+    def _ard_lora_errors(self, block: ArdLoraBlock) -> list[str]:
+        errors = []
+        if block.target_r is not None and block.target_r < 1:
+            errors.append(
+                f"ard_lora.target_r={block.target_r:g} is a budget below one component a site, which each keeps; "
+                "raise it to 1 or more"
+            )
+        if block.target_r is not None and not block.budget:
+            errors.append("ard_lora.budget=false stands beside ard_lora.target_r; remove one")
+        if block.r_max is not None and block.r_max < self.r:
+            errors.append(f"ard_lora.r_max={block.r_max} lies below the first rank, r={self.r}; raise it")
+        if block.meta_interval and self.data.allocation_file is None and self.data.eval_file is None:
+            errors.append(
+                f"ard_lora.meta_interval={block.meta_interval} needs held-out rows; set data.allocation_file or "
+                "data.eval_file"
+            )
         return errors
 
     def _adapter_errors(self) -> list[str]:
@@ -294,16 +446,61 @@ def num_warmup_steps(config: RunConfig, total_steps: int) -> int:
 
 
 def schedule_errors(config: RunConfig, total_steps: int) -> list[str]:
-    """Lines of what does not fit into a run of T = `total_steps` optimizer steps.
-
-    ElaLoRA's first and largest reallocation falls on t = init_warmup + mask_interval (methods.md 2.3).
-    """
+    """Lines of what does not fit into a run of T = `total_steps` optimizer steps."""
     errors = []
     if config.warmup_steps > total_steps:
         errors.append(f"warmup_steps={config.warmup_steps} exceeds the run's {total_steps} steps; lower it")
-    block = config.elalora
-    if config.method != "elalora" or block is None:
-        return errors
+    if config.elalora is not None and config.method == "elalora":
+        errors += _elalora_schedule(config.elalora, total_steps)
+    if config.adalora is not None and config.method == "adalora":
+        block = config.adalora
+        errors += _no_span("adalora", "tinit", block.tinit, "tfinal", block.tfinal, total_steps)
+        span = total_steps - block.tinit - block.tfinal
+        last_step = total_steps - block.tfinal - 1
+        if not errors and last_step // block.deltaT == block.tinit // block.deltaT:  # reductions fall on its multiples
+            errors.append(
+                f"adalora.deltaT={block.deltaT} gives no reduction in the {span} steps between tinit and tfinal; "
+                "lower it below that or train longer"
+            )
+    if config.method == "ard_lora":
+        ard = config.ard_lora or ArdLoraBlock()
+        first, last = ard_lora_warmups(ard, total_steps)
+        errors += _no_span("ard_lora", "init_warmup", first, "final_warmup", last, total_steps)
+        span = total_steps - first - last
+        if not errors and ard.alpha_interval > span:
+            errors.append(
+                f"ard_lora.alpha_interval={ard.alpha_interval} gives alpha no step in the {span} steps between the "
+                "warm-ups; lower it or train longer"
+            )
+    return errors
+
+
+def _no_span(block: str, first: str, start: int, last: str, end: int, total_steps: int) -> list[str]:
+    if total_steps - start - end > 0:
+        return []
+    return [
+        f"{block}.{first}={start} + {block}.{last}={end} leave none of the run's {total_steps} steps to adapt; lower "
+        "them or train longer"
+    ]
+
+
+def ard_lora_warmups(block: ArdLoraBlock, total_steps: int) -> tuple[int, int]:
+    """init_warmup and final_warmup in steps, where they are left open: a tenth and a quarter of the run."""
+    first = block.init_warmup if block.init_warmup is not None else total_steps // 10
+    last = block.final_warmup if block.final_warmup is not None else max(1, total_steps // 4)
+    return first, last
+
+
+def alora_steps(block: AloraBlock, steps_per_epoch: float) -> tuple[int, int]:
+    """k1 and k2 in optimizer steps, at least one."""
+    k1 = block.k1_steps if block.k1_steps is not None else max(1, round(block.k1 * steps_per_epoch))
+    k2 = block.k2_steps if block.k2_steps is not None else max(1, round(block.k2 * steps_per_epoch))
+    return k1, k2
+
+
+def _elalora_schedule(block: ElaLoraBlock, total_steps: int) -> list[str]:
+    """ElaLoRA's first and largest reallocation falls on t = init_warmup + mask_interval (methods.md 2.3)."""
+    errors = []
     span = total_steps - block.init_warmup - block.final_warmup
     if span <= 0:
         errors.append(

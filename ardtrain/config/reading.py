@@ -12,6 +12,9 @@ from pydantic_core import ErrorDetails
 
 from ardtrain.config.models import (
     METHODS,
+    AdaLoraBlock,
+    AloraBlock,
+    ArdLoraBlock,
     Block,
     DataBlock,
     ElaLoraBlock,
@@ -36,6 +39,9 @@ _BLOCKS: dict[str, type[Block]] = {
     "data": DataBlock,
     "optimizer": OptimizerBlock,
     "elalora": ElaLoraBlock,
+    "adalora": AdaLoraBlock,
+    "alora": AloraBlock,
+    "ard_lora": ArdLoraBlock,
     "targets.*": TargetBlock,
 }
 # Other trainers' names (LLaMA-Factory, Axolotl, NeMo AutoModel, PEFT) by the block they may stand in; "" = top level.
@@ -175,7 +181,8 @@ def _unknown(key: str, path: tuple[str, ...], model: type[Block]) -> str:
     ]
     aliases = ALIASES.get(_block_key(path), {})
     near = difflib.get_close_matches(key, [*model.model_fields, *aliases], n=1, cutoff=0.6)
-    if elsewhere:
+    very_near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.85)
+    if elsewhere and not very_near:
         return f"{name} is no setting; write {elsewhere[0]}"
     if near:
         return f"{name} is no setting; did you mean {_dotted(path, aliases.get(near[0], near[0]))}?"

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ardtrain import schedule
 from ardtrain.methods.base import FixedRank, Needs, StateKind, Statistics
+from ardtrain.methods.diagonal import diagonal_entries, first_rows, orthogonality_penalty
 from ardtrain.methods.sensitivity import component_scores, update_averages
 from ardtrain.ranks import RankPlan, RankTable, Site, prune_and_grow
-
-INIT_STD = 0.02  # of A and B in the authors' code
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ElaLora(FixedRank):
         self.settings = settings
 
     def entries(self, site: Site) -> Mapping[str, int]:
-        return {"lora_A": site.in_features, "lora_B": site.out_features, "diagonal": 1}
+        return diagonal_entries(site)
 
     def init(
         self, site: Site, existing: Mapping[str, Tensor], count: int, generator: torch.Generator
@@ -63,12 +62,11 @@ class ElaLora(FixedRank):
         Ours: a QR projection, which makes cosines 1e-8 where the published `v - A^T A v` leaves 0.16; norm = mean norm
         of the survivors (`newborn_norm: unit` for the published 1); E exactly 0 (published: 1e-13).
         """
-        a = torch.empty(count, site.in_features).normal_(0.0, INIT_STD, generator=generator)
-        b = torch.empty(count, site.out_features).normal_(0.0, INIT_STD, generator=generator)
+        rows = first_rows(site, count, generator)
         if len(existing["diagonal"]):
-            a = self._orthogonal(a, existing["lora_A"])
-            b = self._orthogonal(b, existing["lora_B"])
-        return {"lora_A": a, "lora_B": b, "diagonal": torch.zeros(count, 1)}
+            for part in ("lora_A", "lora_B"):
+                rows[part] = self._orthogonal(rows[part], existing[part])
+        return rows
 
     def _orthogonal(self, rows: Tensor, existing: Tensor) -> Tensor:
         """[count, columns]: rows made orthogonal to `existing` [r, columns] and to each other. float64 inside."""
@@ -81,10 +79,7 @@ class ElaLora(FixedRank):
         return {"mean": "per_entry", "spread": "per_entry"}
 
     def extra_loss(self, views: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
-        if self.settings.reg_orth_coef == 0.0:
-            return None
-        matrices = [parts[name] for parts in views.values() for name in ("lora_A", "lora_B")]
-        return self.settings.reg_orth_coef * orthogonality(matrices, form=self.settings.reg_orth_form)
+        return orthogonality_penalty(views, weight=self.settings.reg_orth_coef, form=self.settings.reg_orth_form)
 
     def observe(self, step: int, statistics: Statistics) -> None:
         """Averages are kept until the final phase, also during warm-up (methods.md 2.3)."""
@@ -136,20 +131,6 @@ class ElaLora(FixedRank):
             allow_swap=self.settings.allow_swap,
             immune=immune.tolist() if immune is not None else None,
         )
-
-
-def orthogonality(matrices: Sequence[Tensor], *, form: Literal["mean_norm", "squared"]) -> Tensor:
-    """Distance of the rows of each [R, columns] matrix from an orthonormal set, as one scalar.
-
-    mean_norm: mean over matrices of ||M M^T - I||_F (the authors' code). squared: sum of ||M M^T - I||_F^2 (the paper's
-    form). methods.md 2.5.
-    """
-    residuals = [m @ m.T - torch.eye(len(m), dtype=m.dtype, device=m.device) for m in matrices if len(m)]
-    if not residuals:
-        return torch.zeros(())
-    if form == "squared":
-        return torch.stack([(r * r).sum() for r in residuals]).sum()
-    return torch.stack([torch.linalg.vector_norm(r) for r in residuals]).mean()
 
 
 def reallocate(

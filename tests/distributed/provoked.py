@@ -43,26 +43,25 @@ def disagreement():
 
 def failure(config):
     """Process 1 raises in the middle of a forward of step 3 of a whole run."""
-    import ardtrain.trainer
     from ardtrain.cli import main
+    from ardtrain.trainer import Trainer
 
-    honest = ardtrain.trainer.token_loss_sum
+    honest = Trainer._grain
     calls = 0
 
-    def failing(*arguments, **settings):
+    def failing(self, *arguments):
         nonlocal calls
         calls += 1
         if os.environ["RANK"] == "1" and calls == 5:
-            module = arguments[0]
 
             def broken(*_):
                 Path(os.environ["FAILED_AT"]).write_text(str(time.time()))
                 raise FloatingPointError("provoked in mid-forward")
 
-            module.model.layers[1].register_forward_pre_hook(broken)
-        return honest(*arguments, **settings)
+            self.backbone.module.model.layers[1].register_forward_pre_hook(broken)
+        return honest(self, *arguments)
 
-    ardtrain.trainer.token_loss_sum = failing
+    Trainer._grain = failing
     sys.exit(main(["train", config]))
 
 

@@ -10,11 +10,14 @@ from ardtrain import schedule
 from ardtrain.config import (
     ALIASES,
     METHODS,
-    WORKING_METHODS,
+    AloraBlock,
+    ArdLoraBlock,
     ConfigError,
     RunConfig,
     accumulation_steps,
     adapter_settings,
+    alora_steps,
+    ard_lora_warmups,
     check_schedule,
     dump_config,
     load_config,
@@ -165,18 +168,30 @@ def test_llamafactory_target_values(value, meaning):
     assert config_of(lora_target=value).target_modules == meaning
 
 
-def test_methods_not_built_name_those_that_work():
+ADALORA = {"target_r": 4, "tinit": 10, "tfinal": 20}
+BLOCKS = {"elalora": ELALORA, "adalora": ADALORA, "alora": {}, "ard_lora": {}}
+HELD_OUT = {"train_file": "a.jsonl", "eval_file": "b.jsonl"}
+
+
+def test_every_method_is_known_and_an_unknown_one_is_refused():
     for method in METHODS:
-        if method not in WORKING_METHODS:
-            assert lines_of(method=method) == [f"method={method} is not built yet; these work: elalora, lora"]
+        block = {method: BLOCKS[method]} if method in BLOCKS else {}
+        assert config_of(method=method, data=HELD_OUT, **block).method == method
     (line,) = lines_of(method="qlora")
     assert line.startswith("method=qlora must be 'ard_lora', 'elalora'")
+
+
+def test_schedules_in_parts_of_the_run_become_steps():
+    assert ard_lora_warmups(ArdLoraBlock(), 200) == (20, 50)
+    assert ard_lora_warmups(ArdLoraBlock(init_warmup=0, final_warmup=7), 200) == (0, 7)
+    assert alora_steps(AloraBlock(), 400.0) == (400, 100)  # K1 = 1 epoch, K2 = 0.25 (methods.md 3.4)
+    assert alora_steps(AloraBlock(k1_steps=30, k2=0.001), 400.0) == (30, 1)
 
 
 def test_block_of_another_method_is_refused():
     (line,) = lines_of(elalora=ELALORA)
     assert line.startswith("elalora is the block of another method than method=lora; remove it")
-    assert lines_of(adalora={"init_r": 3})[0].startswith("adalora is the block of a method that has no settings")
+    assert lines_of(dora={"r": 3})[0].startswith("dora is the block of a method that has no settings")
     assert lines_of(method="elalora") == [
         "method=elalora needs a block `elalora:` with init_warmup, final_warmup and mask_interval"
     ]
@@ -211,6 +226,37 @@ def test_block_of_another_method_is_refused():
         ({"method": "elalora", "elalora": ELALORA | {"beta1": 1.0}}, "elalora.beta1=1.0 must be less than 1"),
         ({"method": "elalora", "elalora": ELALORA | {"k": 0}}, "elalora.k=0 must be greater"),
         ({"method": "elalora", "elalora": ELALORA, "r": 1}, "r=1 leaves ElaLoRA nothing to prune"),
+        ({"method": "adalora"}, "method=adalora needs a block `adalora:` with target_r, tinit and tfinal"),
+        ({"method": "adalora", "adalora": ADALORA | {"target_r": 9}}, "adalora.target_r=9 exceeds the first rank, r=8"),
+        (
+            {"method": "adalora", "adalora": ADALORA, "max_steps": 30},
+            "adalora.tinit=10 + adalora.tfinal=20 leave none of the run's 30 steps to adapt",
+        ),
+        (
+            {"method": "adalora", "adalora": ADALORA | {"deltaT": 70}, "max_steps": 100},
+            "adalora.deltaT=70 gives no reduction in the 70 steps",
+        ),
+        ({"method": "ard_lora", "ard_lora": {"beta": 1.0}}, "ard_lora.beta=1.0 must be less than 1"),
+        (
+            {"method": "ard_lora", "ard_lora": {"target_r": 0.5}},
+            "ard_lora.target_r=0.5 is a budget below one component",
+        ),
+        ({"method": "ard_lora", "ard_lora": {"target_r": 2, "budget": False}}, "ard_lora.budget=false stands beside"),
+        ({"method": "ard_lora", "ard_lora": {"r_max": 4}}, "ard_lora.r_max=4 lies below the first rank, r=8"),
+        ({"method": "ard_lora", "ard_lora": {"meta_interval": 4}}, "ard_lora.meta_interval=4 needs held-out rows"),
+        (
+            {"method": "ard_lora", "max_steps": 20, "ard_lora": {"init_warmup": 12, "final_warmup": 8}},
+            "ard_lora.init_warmup=12 + ard_lora.final_warmup=8 leave none of the run's 20 steps",
+        ),
+        (
+            {"method": "ard_lora", "max_steps": 20, "ard_lora": {"alpha_interval": 14}},
+            "ard_lora.alpha_interval=14 gives alpha no step in the 13 steps",
+        ),
+        ({"method": "alora"}, "method=alora judges components on held-out rows; set data.allocation_file or"),
+        ({"method": "alora", "data": HELD_OUT, "alora": {"shortlist": 0.0}}, "alora.shortlist=0.0 must be greater"),
+        ({"method": "full", "r": 4}, "r has no meaning for method=full, which trains every weight; remove it"),
+        ({"task": "sequence_classification", "packing": True}, "packing=true has no meaning for task=sequence_class"),
+        ({"optimizer": {"lora_plus_ratio": 0.5}}, "optimizer.lora_plus_ratio=0.5 must be greater than or equal to 1"),
     ],
 )
 def test_rules(settings, line):

@@ -502,6 +502,39 @@ def test_eval_data_keeps_file_order(tmp_path, tokenizer):
     )
 
 
+def test_chosen_held_out_samples_are_drawn_by_the_seed_alone(tmp_path, tokenizer):
+    path = write(tmp_path / "dev.jsonl", texts(40))
+
+    def chosen(count, seed, grain_size=4, **changes):
+        data = EvalData(
+            make("unused.jsonl", **changes),
+            [path],
+            tokenizer,
+            tmp_path / "c",
+            grain_size=grain_size,
+            choose=(count, seed),
+        )
+        names = [name for grain in data.grains() for name in data.sample_ids(grain)]
+        assert data.num_samples == len(names) == count
+        return [int(name.rsplit(":", 1)[1]) for name in names]
+
+    lines = chosen(12, 5)
+    assert lines == sorted(set(lines)) and lines[0] >= 1 and lines[-1] <= 40
+    assert chosen(12, 5, grain_size=5) == lines  # of the seed, not of the grains
+    assert chosen(12, 6) != lines and lines != list(range(1, 13))
+    assert set(chosen(5, 5)) < set(lines)  # a longer draw begins with the shorter one
+    assert chosen(40, 5) == list(range(1, 41))
+    assert sorted(chosen(12, 5, packing=True)) == lines
+    drawn = {line for seed in range(60) for line in chosen(4, seed)}
+    assert drawn == set(range(1, 41))  # every sample has its chance
+    with pytest.raises(ValueError, match=r"dev\.jsonl holds 40 samples, fewer than count=41; lower the count"):
+        chosen(41, 5)
+    with pytest.raises(ValueError, match="count=0 samples to draw must be above 0"):
+        chosen(0, 5)
+    with pytest.raises(ValueError, match="exclude each other"):
+        EvalData(make("unused.jsonl"), [path], tokenizer, tmp_path / "c", grain_size=4, max_samples=3, choose=(3, 1))
+
+
 # ---- real data ----
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ardtrain.config import ConfigError, dump_config, load_config, parse_config, with_batch
+from ardtrain.config import ConfigError, OptimizerBlock, dump_config, load_config, parse_config, with_batch
 from ardtrain.config.text import deepspeed_folder
 from ardtrain.deepspeed_config import NVME_PLACEHOLDER, split_deepspeed, take_over, with_deepspeed
 
@@ -117,7 +117,7 @@ def test_values_of_the_json_are_taken_over_and_leave_it():
     config = with_deepspeed(config_of(FULL_JSON))
     assert (config.global_batch_size, config.per_device_train_batch_size) == (32, 4)
     assert (config.max_grad_norm, config.learning_rate, config.max_steps) == (0.5, 3e-4, 100)
-    assert config.optimizer.model_dump() == {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+    assert config.optimizer == OptimizerBlock(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     assert (config.lr_scheduler_type, config.warmup_steps, config.bf16) == ("cosine", 7, True)
     assert config.per_device_eval_batch_size == 4
     assert config.deepspeed == {"zero_optimization": {"stage": 3}}

@@ -5,7 +5,8 @@ import torch
 from ardtrain.adapters import AdapterLinear
 from ardtrain.arena import ArenaLayout, Shard
 from ardtrain.methods.base import Binding, Statistics
-from ardtrain.methods.elalora import ElaLora, orthogonality, reallocate
+from ardtrain.methods.diagonal import orthogonality
+from ardtrain.methods.elalora import ElaLora, reallocate
 from ardtrain.ranks import RankPlan, RankTable, SiteChange
 from ardtrain.resize import repack_snapshot, start_snapshot
 from tests.tiny import ELALORA, elalora, sites_of

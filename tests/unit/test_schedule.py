@@ -1,9 +1,18 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import get_scheduler
 
 from ardtrain import schedule
-from ardtrain.schedule import LOSS_SCALE_GROWTH_STEPS, cubic_budget, learning_rate, next_loss_scale, reallocates
+from ardtrain.schedule import (
+    LOSS_SCALE_GROWTH_STEPS,
+    cubic_budget,
+    falling_budget,
+    learning_rate,
+    next_loss_scale,
+    reallocates,
+)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -80,3 +89,47 @@ def test_loss_scale_has_an_upper_end_and_one_stays():
     assert next_loss_scale(2.0**24, LOSS_SCALE_GROWTH_STEPS - 1) == (2.0**24, 0)
     assert next_loss_scale(1.0, LOSS_SCALE_GROWTH_STEPS) == (1.0, 0)
     assert schedule.LOSS_SCALE_START == 2.0**16
+
+
+def falling(step, first=12, last=8):
+    return falling_budget(step, first=first, last=last, total_steps=110, tinit=10, tfinal=20)
+
+
+def test_falling_budget_by_hand():
+    """methods.md 4.3: 9.6875, 8.5, 8.0625 and 8, floored; in units of 1/10000 before flooring."""
+    steps = (30, 50, 70, 90)
+    assert [falling(t) for t in steps] == [9, 8, 8, 8]
+    assert [falling(t, first=120_000, last=80_000) for t in steps] == [96_875, 85_000, 80_625, 80_000]
+
+
+def test_falling_budget_never_rises_and_is_flat_at_both_ends():
+    values = [falling(t, first=97, last=31) for t in range(110)]
+    assert values == sorted(values, reverse=True)
+    assert set(values[:11]) == {97} and values[11] < 97  # the paper's printed numerator would exceed b0 here
+    assert set(values[90:]) == {31}
+    assert {falling(t, first=9, last=9) for t in range(110)} == {9}
+
+
+def test_falling_budget_is_that_of_peft_but_for_its_rounding():
+    """PEFT computes in floats: where the exact budget is whole it may come out one too low; nowhere else."""
+    from peft.tuners.adalora.layer import RankAllocator
+
+    allocator, apart = object.__new__(RankAllocator), []
+    for total, tinit, tfinal, first, last in ((110, 10, 20, 12, 8), (60, 7, 13, 84, 28), (1000, 0, 0, 1000, 0)):
+        allocator.peft_config = SimpleNamespace(tinit=tinit, tfinal=tfinal, total_step=total, deltaT=1)
+        allocator.init_bgt, allocator.target_bgt = first, last
+        for step in range(total):
+            phases = {"total_steps": total, "tinit": tinit, "tfinal": tfinal}
+            ours = falling_budget(step, first=first, last=last, **phases)
+            theirs, _ = allocator.budget_schedule(step)
+            span, left = total - tfinal - tinit, total - tfinal - step
+            whole = (first - last) * left**3 % span**3 == 0
+            assert ours == theirs or (whole and ours == theirs + 1), (step, ours, theirs)
+            apart += [(total, step, ours, theirs)] * (ours != theirs)
+    assert (1000, 900, 1, 0) in apart  # 1000 * (1 - 900 / 1000)^3 is 1, in floats 0.9999999999999993
+
+
+def test_falling_budget_without_a_step_to_fall_in_is_refused():
+    text = r"adalora.tinit=60 \+ adalora.tfinal=50 leave no step of 110 in which the budget could fall; lower them"
+    with pytest.raises(ValueError, match=text):
+        falling_budget(5, first=4, last=2, total_steps=110, tinit=60, tfinal=50)

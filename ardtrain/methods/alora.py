@@ -1,0 +1,127 @@
+"""ALoRA (Liu et al., arXiv 2403.16187): prune the components whose ablation hurts least, grow the sites that lost none.
+
+Plain LoRA whose components carry gates in {0, 1} that are never trained (section 3.1 of the paper). The scores come
+from the loop (`ardtrain.ablation`, AB-LoRA); this file decides. Rules: methods.md 3.3 (the paper's Algorithm 1), and
+3.6 where the paper is silent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ardtrain.methods.base import Needs
+from ardtrain.methods.lora import Lora
+from ardtrain.ranks import RankPlan, RankTable, prune_and_grow
+
+
+@dataclass(frozen=True)
+class AloraSettings:
+    """The method's block of the config and the run's length; k1, k2, total_steps in optimizer steps.
+
+    k1: before the first round; k2: between rounds; rounds: at most so many (the paper's N_A); n_a: components moved in
+    one round, None: the number of matrix types in a block; prune_only_harmful: spare components that are no worse than
+    empty ones (ours); revive: may a site of rank 0 grow again?
+    """
+
+    total_steps: int
+    k1: int
+    k2: int
+    rounds: int
+    n_a: int | None = None
+    prune_only_harmful: bool = False
+    revive: bool = False
+
+
+class Alora(Lora):
+    """LoRA's parts and first weights, also for the newborn: B = 0, so growing leaves the output as it was.
+
+    What is pruned leaves at once: the algorithm never switches a gate back on. No state between rounds.
+    """
+
+    needs = Needs(ranks=True, ablation=True)
+
+    def __init__(self, settings: AloraSettings) -> None:
+        self.settings = settings
+
+    def due(self, step: int) -> bool:
+        """After `k1` steps and every `k2` steps from there, `rounds` times, while a step is left to train newborns."""
+        s = self.settings
+        since = step + 1 - s.k1
+        return since >= 0 and since % s.k2 == 0 and since // s.k2 < s.rounds and step + 1 < s.total_steps
+
+    def plan(self, step: int, scores: Tensor | None) -> RankPlan | None:
+        """The round after this step.
+
+        Args:
+            scores: [R] float64, CS(r) - CS0: importance beside an empty component's; below 0 is harmful.
+        """
+        assert scores is not None
+        s, table = self.settings, self.binding.table
+        return allocate(
+            table,
+            scores.tolist(),
+            n_a=num_matrix_types(table) if s.n_a is None else s.n_a,
+            prune_only_harmful=s.prune_only_harmful,
+            revive=s.revive,
+        )
+
+
+def num_matrix_types(table: RankTable) -> int:
+    """Kinds of matrices in a block (q_proj, k_proj, ...): the default n_A (the paper's N_mod, methods.md 3.6)."""
+    return len({site.module.rpartition(".")[2] for site in table.sites})
+
+
+def allocate(
+    table: RankTable, scores: Sequence[float], *, n_a: int, prune_only_harmful: bool = False, revive: bool = False
+) -> RankPlan | None:
+    """One round: the n_a lowest scores leave, and as many join the sites that lost none; None: nothing leaves.
+
+    Pruned by (score, site, position), stable. Joined one by one in turns over the sites that lost none, those of the
+    higher average score first (equal: in site order), so the counts differ by at most one (section 3.3 of the paper:
+    8 over three sites: 3, 3, 2). A site at its largest rank is passed over. Where no site can take a component the
+    total falls; it never rises.
+
+    Args:
+        scores: [R] in table order, relative to an empty component's.
+        revive: sites of rank 0 may grow; they have no score and count as empty components, 0.
+    """
+    order = sorted(
+        (scores[start + position], index, position)
+        for index, (start, rank) in enumerate(zip(table.offsets, table.ranks, strict=False))
+        for position in range(rank)
+    )
+    pruned = [entry for entry in order[:n_a] if not prune_only_harmful or entry[0] < 0.0]
+    if not pruned:
+        return None
+    lost = {index for _, index, _ in pruned}
+    takers = [i for i, rank in enumerate(table.ranks) if i not in lost and (rank > 0 or revive)]
+    takers.sort(key=lambda i: (-_average(table, scores, i), i))
+    grown = _in_turns(takers, [site.max_rank - rank for site, rank in zip(table.sites, table.ranks, strict=True)])
+    grown = grown[: len(pruned)]
+    num_harmful = sum(score < 0.0 for score, _, _ in pruned)
+    numbers = {"highest_pruned": pruned[-1][0], "num_pruned_harmful": float(num_harmful)}
+    if len(order) > len(pruned):
+        numbers["lowest_kept"] = order[len(pruned)][0]
+    return prune_and_grow(
+        table,
+        [(index, position) for _, index, position in pruned],
+        grown,
+        reason=f"alora: pruned {len(pruned)} ({num_harmful} worse than empty), grew {len(grown)}",
+        scores=numbers,
+    )
+
+
+def _average(table: RankTable, scores: Sequence[float], index: int) -> float:
+    """Mean score of a site's components; 0, an empty component's, for a site without any."""
+    start, stop = table.offsets[index], table.offsets[index + 1]
+    return math.fsum(scores[start:stop]) / (stop - start) if stop > start else 0.0
+
+
+def _in_turns(takers: Sequence[int], room: Sequence[int]) -> list[int]:
+    """The takers in turns until all are full."""
+    most = max((room[i] for i in takers), default=0)
+    return [i for turn in range(most) for i in takers if turn < room[i]]

@@ -1,0 +1,574 @@
+"""ARD-LoRA (Shinwari and Usama, arXiv 2506.18267): a learnable factor alpha per head decides the head's rank.
+
+`rank = r0 * alpha`, made differentiable by a mask over a head's components, which stand in a fixed order: component i
+has the gate `clamp((r0 alpha - i - 1/2) / w + 1/2, 0, 1)` and the first is never closed. alpha follows the gates'
+gradient, an l1 price (which the budget controller moves) and a total variation over time, both as one proximal step.
+Tensors change seldom: their sizes come from a list of capacities. At the freeze the gates are folded into B and alpha
+is gone.
+
+The paper's regulariser, optimizer and hyperparameters could not be recovered; what fills the holes is ours, argued in
+methods.md 1.3 (H1 to H14). Ours beyond that: alpha's gradient is measured in units of its own root mean square
+(`alpha_scale: rms`), so that one learning rate and one price serve any loss.
+
+Letters: U units (heads, or matrices without heads), P alphas (fewer where they are tied), G gates, R components.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ardtrain.methods.base import Binding, FixedRank, Needs, StateKind, Statistics
+from ardtrain.methods.lora import Lora
+from ardtrain.methods.sensitivity import row_sums
+from ardtrain.ranks import RankPlan, RankTable, Site, SiteChange
+
+MIN_GATE_TO_SORT = 0.25  # below it, unfolding the boundary gate would enlarge a row too much (methods.md H10)
+CHECKS = 2  # a site changes its capacity when it was outside its bucket at so many checks in a row (H9)
+RMS_DECAY = 0.9
+MIN_GATE_TO_KEEP = 1e-3  # of a sigmoid, which never closes: below it a component may leave before the freeze
+_LAMBDA, _COUNT, _SQUARE, _UPDATES, _FROZEN = range(5)  # places in the array `controller`
+
+
+@dataclass(frozen=True)
+class ArdLoraSettings:
+    """The method's block of the config, field for field, and the run's length. Steps are optimizer steps."""
+
+    total_steps: int
+    init_warmup: int
+    final_warmup: int
+    tie: Literal["none", "head", "matrix", "layer"]
+    mask: Literal["ramp", "sigmoid", "straight_through"]
+    ramp_width: float
+    sigmoid_tau: tuple[float, float]
+    lr_alpha: float
+    alpha_scale: Literal["rms", "none"]
+    alpha_interval: int
+    resize_interval: int
+    meta_interval: int
+    l1: float
+    l1_max: float
+    tv_form: Literal["temporal", "temporal_l2"]
+    beta: float
+    target_r: float | None
+    controller_rate: float
+    budget_in: Literal["components", "parameters"]
+    r_max: int | None
+    capacities: tuple[int, ...] | None
+
+
+class ArdLora(FixedRank):
+    """State: alphas and their gradients' sums [P], checks outside the bucket [U], the controller's five numbers."""
+
+    def __init__(
+        self, settings: ArdLoraSettings, table: RankTable, shared_heads: Mapping[str, tuple[int, str]] | None = None
+    ) -> None:
+        """
+        Args:
+            table: the run's first table; its ranks are each site's r0.
+            shared_heads: module -> (heads that share its components, the part whose columns are theirs), layout
+                shared_a; own_a has a site a head instead.
+        """
+        self.settings = settings
+        self.needs = Needs(ranks=True, held_out_gates=settings.meta_interval > 0)
+        self._lora = Lora()
+        self.units = make_units(table, shared_heads or {}, settings)
+        keys = tied_keys(self.units, settings.tie)
+        names = sorted({k for own in keys for k in own})
+        place = {k: i for i, k in enumerate(names)}
+        self.num_alphas = len(names)
+        widest = max(len(own) for own in keys)
+        self._owner = torch.tensor([[place[k] for k in own] + [0] * (widest - len(own)) for own in keys])  # [U, g]
+        self._share = torch.tensor(
+            [[1.0 / len(own)] * len(own) + [0.0] * (widest - len(own)) for own in keys], dtype=torch.float64
+        )
+        self._r0 = torch.tensor([float(u.r0) for u in self.units], dtype=torch.float64)
+        self._cost = torch.tensor([u.cost for u in self.units], dtype=torch.float64)
+        target = settings.target_r
+        self._target = None if target is None else float((self._cost * target).sum())
+        self._r_max = torch.tensor([float(u.r_max) for u in self.units], dtype=torch.float64)
+        self._contributions: Tensor | None = None
+
+    def entries(self, site: Site) -> Mapping[str, int]:
+        return self._lora.entries(site)
+
+    def init(
+        self, site: Site, existing: Mapping[str, Tensor], count: int, generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        return self._lora.init(site, existing, count, generator)
+
+    def state_tensors(self) -> Mapping[str, StateKind]:
+        return {
+            "alpha": self.num_alphas,
+            "alpha_gradient": self.num_alphas,
+            "outside": len(self.units),
+            "controller": 5,
+        }
+
+    def bind(self, binding: Binding) -> None:
+        super().bind(binding)
+        alpha = binding.state["alpha"]
+        if not bool(alpha.any()):  # a run's start: no alpha is ever 0 later
+            alpha.fill_(1.0)
+            binding.state["controller"][_LAMBDA] = self.settings.l1
+        self._slots = make_slots(self.units, binding.table)
+        self._kept: Tensor | None = None
+
+    # ---- alpha to gates and back ----
+
+    def unit_ranks(self) -> Tensor:
+        """[U] float64: r0 * alpha of each unit, the continuous rank."""
+        alpha = self.binding.state["alpha"]
+        return self._r0 * (alpha[self._owner] * self._share).sum(dim=1)
+
+    def usable_ranks(self) -> Tensor:
+        """[U] float64: the continuous rank within 1 and r_max, which tied alphas may overstep where r0 differs."""
+        return torch.minimum(self.unit_ranks().clamp_min(1.0), self._r_max)
+
+    def gates(self, step: int) -> Tensor | None:
+        s = self.settings
+        if self.frozen:
+            return self._hard_mask() if self._slots.shared else None
+        if step < s.init_warmup and self._all_open():
+            return None
+        return self.mask(step).float()
+
+    def mask(self, step: int) -> Tensor:
+        """[G] float64 gates of the forward."""
+        ranks = self.unit_ranks()[self._slots.unit]
+        if self.settings.mask == "straight_through":
+            hard = (self._slots.place < torch.floor(ranks + 0.5)) | (self._slots.place == 0)
+            return hard.double()
+        return self._soft(step, ranks)[0]
+
+    def _soft(self, step: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """[G] soft gates and their derivative by the continuous rank. The first component's gate is 1."""
+        s, place = self.settings, self._slots.place.double()
+        if s.mask == "sigmoid":
+            gates = torch.sigmoid((ranks - place - 0.5) / self._tau(step))
+            slope = gates * (1.0 - gates) / self._tau(step)
+        else:
+            gates, slope = ramp(ranks, place, s.ramp_width)
+        first = place == 0
+        return gates.masked_fill(first, 1.0), slope.masked_fill(first, 0.0)
+
+    def _tau(self, step: int) -> float:
+        """Temperature of the sigmoid: geometric from the first to the last over the adapt phase."""
+        s = self.settings
+        start, end = s.sigmoid_tau
+        span = max(1, s.total_steps - s.final_warmup - s.init_warmup)
+        progress = min(1.0, max(0.0, (step - s.init_warmup) / span))
+        return float(start * (end / start) ** progress)
+
+    def alpha_gradient(self, step: int, gates: Tensor) -> Tensor:
+        """[P] float64: dL/dalpha from dL/dgate [G]."""
+        _, slope = self._soft(step, self.unit_ranks()[self._slots.unit])
+        by_unit = torch.zeros(len(self.units), dtype=torch.float64)
+        by_unit.index_add_(0, self._slots.unit, slope * gates.double().cpu())  # on the host: sequential, repeatable
+        by_unit *= self._r0
+        out = torch.zeros(self.num_alphas, dtype=torch.float64)
+        out.index_add_(0, self._owner.view(-1), (by_unit[:, None] * self._share).view(-1))
+        return out
+
+    # ---- each step ----
+
+    def adapts(self, step: int) -> bool:
+        """Does alpha learn at this step?"""
+        s = self.settings
+        return s.init_warmup <= step < s.total_steps - s.final_warmup and not self.frozen
+
+    def wants_held_out_gates(self, step: int) -> bool:
+        return self.settings.meta_interval > 0 and self.adapts(step) and step % self.settings.meta_interval == 0
+
+    def observe(self, step: int, statistics: Statistics) -> None:
+        if self.due(step):
+            self._contributions = self._local_contributions(statistics.weights)
+        if not self.adapts(step) or statistics.gates is None or not len(statistics.gates):
+            return
+        if self.settings.meta_interval > 0 and not self.wants_held_out_gates(step):
+            return
+        if not bool(torch.isfinite(statistics.gates).all()):  # of a held-out grain: the step itself was finite
+            return
+        state = self.binding.state
+        state["alpha_gradient"] += self.alpha_gradient(step, statistics.gates)
+        state["controller"][_COUNT] += 1
+
+    def after_step(self, step: int) -> None:
+        """The proximal step of alpha and the controller's, once in `alpha_interval` observations (H14, H4, H7)."""
+        state, s = self.binding.state, self.settings
+        controller = state["controller"]
+        if not self.adapts(step) or controller[_COUNT] < s.alpha_interval:
+            return
+        gradient = state["alpha_gradient"] / controller[_COUNT]
+        state["alpha_gradient"].zero_()
+        controller[_COUNT] = 0
+        if s.alpha_scale == "rms":
+            controller[_UPDATES] += 1
+            controller[_SQUARE] = RMS_DECAY * controller[_SQUARE] + (1 - RMS_DECAY) * gradient.square().mean()
+            mean_square = controller[_SQUARE] / (1 - RMS_DECAY ** float(controller[_UPDATES]))
+            gradient = gradient / (mean_square.sqrt() + 1e-30)
+        alpha = state["alpha"]
+        price, before = float(controller[_LAMBDA]), self._over_budget()
+        alpha += proximal_step(gradient, rate=s.lr_alpha, l1=price, beta=s.beta, form=s.tv_form)
+        alpha.copy_(torch.minimum(torch.maximum(alpha, self._lowest()), self._highest()))
+        if self._target is not None:
+            over = self._over_budget()
+            price += s.controller_rate * over + self._damping() * (over - before)
+            controller[_LAMBDA] = min(max(price, 0.0), s.l1_max)
+
+    def _over_budget(self) -> float:
+        """Share of the budget by which the ranks exceed it; negative below it, 0 without a budget."""
+        return 0.0 if self._target is None else float((self._cost * self.usable_ranks()).sum()) / self._target - 1.0
+
+    def _damping(self) -> float:
+        """Weight of the budget's change beside the budget itself (ours; H7 has the second alone).
+
+        The price adds up the excess and alpha adds up the price: alone they swing, and on a flat loss, where nothing
+        makes ranks rise again, they would fall as far below the target as they began above it. With w^2 = rate times
+        the share of the budget that a price of 1 takes in one update, 2 w is the critical damping of that swing;
+        beyond 1 the price itself would alternate.
+        """
+        s = self.settings
+        assert self._target is not None
+        width = 1.0 - s.beta if s.tv_form == "temporal" else 1.0
+        speed = s.lr_alpha * width * float((self._cost * self._r0).sum()) / self._target
+        return min(2.0 * math.sqrt(s.controller_rate / speed), 1.0 / speed)
+
+    def _lowest(self) -> Tensor:
+        """[P]: alpha at which the widest of its units has rank 1 (H8)."""
+        return self._by_alpha(1.0 / self._r0, torch.amin, math.inf)
+
+    def _highest(self) -> Tensor:
+        """[P]: alpha at which the unit with the most room is full: capacity, and r_max (H8)."""
+        room = [min(u.r_max, c) for u, c in zip(self.units, self._slots.capacity, strict=True)]
+        return self._by_alpha(torch.tensor(room, dtype=torch.float64) / self._r0, torch.amax, -math.inf)
+
+    def _by_alpha(self, by_unit: Tensor, reduce: object, empty: float) -> Tensor:
+        kind = "amin" if reduce is torch.amin else "amax"
+        values = by_unit[:, None].expand_as(self._share).where(self._share > 0, torch.tensor(empty).double())
+        out = torch.full((self.num_alphas,), empty, dtype=torch.float64)
+        return out.scatter_reduce(0, self._owner.view(-1), values.reshape(-1), reduce=kind)
+
+    # ---- plans ----
+
+    def due(self, step: int) -> bool:
+        s = self.settings
+        if step >= self.freeze_step:
+            return not self.frozen  # later than planned where that step was void
+        return s.init_warmup <= step < self.freeze_step and (step - s.init_warmup) % s.resize_interval == 0
+
+    @property
+    def freeze_step(self) -> int:
+        """The last step with alphas."""
+        return self.settings.total_steps - self.settings.final_warmup - 1
+
+    @property
+    def frozen(self) -> bool:
+        """Are the gates folded in and the alphas gone?"""
+        return bool(self.binding.state["controller"][_FROZEN])
+
+    def local_scores(self, step: int) -> Tensor | None:
+        """[R] contributions ||A_i|| ||B_i|| of this shard's components, by which a unit's components are sorted."""
+        return self._contributions
+
+    def _local_contributions(self, weights: Tensor) -> Tensor:
+        shard = self.binding.shard
+        squares = {
+            p: torch.zeros(self.binding.table.total, dtype=torch.float64, device=weights.device)
+            for p in ("lora_A", "lora_B")
+        }
+        for part, components, rows in shard.rows(shard.take(weights)):
+            squares[part][components] = row_sums(rows.double().square())
+        return (squares["lora_A"] * squares["lora_B"]).sqrt()
+
+    def plan(self, step: int, scores: Tensor | None) -> RankPlan | None:
+        table, ranks = self.binding.table, self.usable_ranks()
+        gates = self.mask(step)
+        logical = [math.ceil(r - 1e-9) for r in ranks.tolist()]
+        numbers = {
+            "continuous_rank": float(ranks.sum()),
+            "rounded_rank": float(torch.floor(ranks + 0.5).sum()),
+            "l1": float(self.binding.state["controller"][_LAMBDA]),
+        }
+        if step >= self.freeze_step:
+            changes = self._frozen_changes(self._final_ranks(), gates)
+            self.binding.state["controller"][_FROZEN] = 1.0
+            reason = "ard_lora: ranks frozen, gates folded into B"
+        else:
+            assert scores is not None
+            changes = self._resize_changes(logical, gates, scores, first=step == self.settings.init_warmup)
+            reason = "ard_lora: capacities follow the ranks"
+        if not changes:
+            return None
+        return RankPlan(table.digest, changes, reason=reason, scores=numbers)
+
+    def _resize_changes(
+        self, logical: Sequence[int], gates: Tensor, scores: Tensor, *, first: bool
+    ) -> dict[int, SiteChange]:
+        """Sites whose capacity was outside its bucket at two checks in a row, and the order of components anew."""
+        outside, changes = self.binding.state["outside"], {}
+        for index, own in self._slots.by_site(self.units):
+            rank = self.binding.table.ranks[index]
+            by_component = gates[self._slots.first[own[0]] :][: rank * len(own)].view(rank, len(own))
+            open_gates = by_component > (MIN_GATE_TO_KEEP if self.settings.mask == "sigmoid" else 0.0)
+            in_use = int(open_gates.any(dim=1).sum())  # a wide ramp reaches beyond the rank
+            need = max(min(max(logical[u] + 1, in_use), self.units[u].r_max) for u in own)  # one to grow into
+            wanted = bucket(need, self.settings.capacities, self.units[own[0]].r_max)
+            outside[own] = outside[own] + 1 if wanted != rank else 0.0
+            if wanted == rank or not (first or float(outside[own[0]]) >= CHECKS):
+                continue
+            outside[own] = 0.0
+            order: list[int] = list(range(rank))
+            fold: list[tuple[int, str, tuple[float, ...]]] = []
+            if len(own) == 1 and not self._slots.shared_site(self.units, own[0]):
+                start = self.binding.table.offsets[index]
+                order, fold = sorted_components(by_component[:, 0].tolist(), scores[start : start + rank].tolist())
+            changes[index] = SiteChange(tuple(order[:wanted]), born=max(0, wanted - rank), fold=tuple(fold))
+        return changes
+
+    def _frozen_changes(self, final: Sequence[int], gates: Tensor) -> dict[int, SiteChange]:
+        """Each unit's final rank; gates become factors of B (of A where heads share B)."""
+        changes = {}
+        for index, own in self._slots.by_site(self.units):
+            rank = self.binding.table.ranks[index]
+            unit = self.units[own[0]]
+            wanted = max(final[u] for u in own)
+            by_component = gates[self._slots.first[own[0]] :][: rank * len(own)].view(rank, len(own))
+            fold = [
+                (i, unit.folds, tuple(factors))
+                for i, factors in enumerate(by_component.tolist())
+                if i < wanted and any(f != 1.0 for f in factors)
+            ]
+            if wanted != rank or fold:
+                changes[index] = SiteChange(
+                    tuple(range(min(rank, wanted))), born=max(0, wanted - rank), fold=tuple(fold)
+                )
+        return changes
+
+    def _all_open(self) -> bool:
+        return not self._slots.shared and all(c == u.r0 for c, u in zip(self._slots.capacity, self.units, strict=True))
+
+    def _hard_mask(self) -> Tensor:
+        """[G] 0 or 1 after the freeze where heads share components: a head keeps the rank it had at the freeze."""
+        if self._kept is None:
+            self._kept = (self._slots.place < torch.tensor(self._final_ranks())[self._slots.unit]).float()
+        return self._kept
+
+    def _final_ranks(self) -> list[int]:
+        """[U] ranks of the freeze: ceil(r0 alpha), or the budget's projection (H7, H11).
+
+        ceil changes no output with a ramp of width 1; a wider one and a sigmoid lose what is open beyond the rank.
+        """
+        ranks = self.usable_ranks().tolist()
+        if self._target is None:
+            return [math.ceil(r - 1e-9) for r in ranks]
+        limits = [u.r_max for u in self.units]
+        return project(ranks, self._cost.tolist(), self._target, limits)
+
+
+# ---- units: what owns a rank ----
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A head, or a matrix without heads. cost: of one component, 1 or parameters beside the mean unit's.
+
+    folds: the part that takes a gate folded in.
+    """
+
+    site: int
+    head: int
+    num_heads: int
+    module: str
+    r0: int
+    r_max: int
+    cost: float
+    folds: str
+
+
+def make_units(table: RankTable, shared_heads: Mapping[str, tuple[int, str]], settings: ArdLoraSettings) -> list[Unit]:
+    """The units in table order; heads of one matrix follow each other."""
+    sites_of = Counter(site.module for site in table.sites)
+    units = []
+    for index, (site, rank) in enumerate(zip(table.sites, table.ranks, strict=True)):
+        count, folds = shared_heads.get(site.module, (1, "lora_B"))
+        most = min(settings.r_max or 2 * rank, site.max_rank)
+        cost = (site.in_features + site.out_features) / count
+        for h in range(count):
+            head = h if count > 1 else (site.head or 0)
+            heads = count if count > 1 else sites_of[site.module]
+            units.append(Unit(index, head, heads, site.module, rank, most, cost, folds))
+    mean = sum(u.cost for u in units) / len(units)
+    flat = settings.budget_in == "components"
+    return [replace(u, cost=1.0 if flat else u.cost / mean) for u in units]
+
+
+def tied_keys(units: Sequence[Unit], tie: str) -> list[tuple[str, ...]]:
+    """For each unit the names of the alphas whose mean it takes (methods.md H2, H12).
+
+    tie=head: one alpha for a head's q, k, v and o; a key or value head takes the mean of its group of query heads.
+    """
+    if tie == "none":
+        return [(f"{u.module}:{u.head:06d}",) for u in units]
+    if tie == "matrix":
+        return [(u.module,) for u in units]
+    layers = [layer_of(u.module) for u in units]
+    if tie == "layer":
+        return [(layer,) for layer in layers]
+    most: dict[str, int] = {}
+    for unit, layer in zip(units, layers, strict=True):
+        most[layer] = max(most.get(layer, 1), unit.num_heads)
+    keys: list[tuple[str, ...]] = []
+    for unit, layer in zip(units, layers, strict=True):
+        if unit.num_heads == 1:
+            keys.append((unit.module,))
+            continue
+        group = most[layer] // unit.num_heads
+        first = unit.head * group
+        keys.append(tuple(f"{layer}:head.{h:06d}" for h in range(first, first + group)))
+    return keys
+
+
+def layer_of(module: str) -> str:
+    """The path up to and with its first number: the decoder layer."""
+    found = re.match(r"(.*?\.\d+)(\.|$)", module)
+    return found.group(1) if found else module
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the gates stand, in table order: unit [G], place within the unit [G]; first gate of each unit's site.
+
+    capacity: [U] components of each unit's site. shared: do heads share components anywhere?
+    """
+
+    unit: Tensor
+    place: Tensor
+    first: list[int]
+    capacity: list[int]
+    shared: bool
+
+    def by_site(self, units: Sequence[Unit]) -> list[tuple[int, list[int]]]:
+        """(site, its units)."""
+        grouped = itertools.groupby(range(len(units)), key=lambda u: units[u].site)
+        return [(site, list(own)) for site, own in grouped]
+
+    def shared_site(self, units: Sequence[Unit], unit: int) -> bool:
+        """Does this unit's site have more than one unit?"""
+        site = units[unit].site
+        return any(0 <= n < len(units) and units[n].site == site for n in (unit - 1, unit + 1))
+
+
+def make_slots(units: Sequence[Unit], table: RankTable) -> Slots:
+    """The gates of a table: one a component, or one a component and head, heads last."""
+    unit: list[int] = []
+    place: list[int] = []
+    first: list[int] = []
+    shared = False
+    for site, group in itertools.groupby(range(len(units)), key=lambda u: units[u].site):
+        own = list(group)
+        shared |= len(own) > 1
+        first += [len(unit)] * len(own)
+        for i in range(table.ranks[site]):
+            unit += own
+            place += [i] * len(own)
+    return Slots(torch.tensor(unit), torch.tensor(place), first, [table.ranks[u.site] for u in units], shared)
+
+
+# ---- formulas ----
+
+
+def ramp(ranks: Tensor, place: Tensor, width: float) -> tuple[Tensor, Tensor]:
+    """Gates `clamp((rank - i - 1/2) / w + 1/2, 0, 1)` and their derivative by the rank (methods.md H3).
+
+    At both ends of the ramp the derivative counts: at a whole rank the open neighbour tells whether to shrink, and the
+    closed one, whose gate at 0 has no signal yet, adds nothing. Without the component that stands first.
+    """
+    position = (ranks - place - 0.5) / width + 0.5
+    inside = (position >= 0.0) & (position <= 1.0)
+    return position.clamp(0.0, 1.0), inside.double() / width
+
+
+def proximal_step(gradient: Tensor, *, rate: float, l1: float, beta: float, form: str) -> Tensor:
+    """Change of alpha: l1 price and total variation over time as one proximal step (methods.md H4).
+
+    temporal: soft(-rate (g + l1), rate l1 beta), nothing moves unless |g + l1| > l1 beta. temporal_l2: the squared
+    difference, -rate (g + l1) / (1 + rate l1 beta).
+    """
+    wanted = -rate * (gradient + l1)
+    if form == "temporal_l2":
+        return wanted / (1.0 + rate * l1 * beta)
+    return torch.sign(wanted) * (wanted.abs() - rate * l1 * beta).clamp_min(0.0)
+
+
+def bucket(need: int, capacities: Sequence[int] | None, most: int) -> int:
+    """The smallest capacity that holds `need` components, at most `most`.
+
+    Default capacities: 1 to 8 one by one, then four from each power of two to the next (10, 12, 14, 16, 20, 24, ...).
+    """
+    if capacities is None:
+        step = max(1, 1 << max(0, (need - 1).bit_length() - 3))
+        return min(most, -(-need // step) * step)
+    return min(most, next((c for c in sorted(capacities) if c >= need), most))
+
+
+def sorted_components(
+    gates: Sequence[float], scores: Sequence[float]
+) -> tuple[list[int], list[tuple[int, str, tuple[float, ...]]]]:
+    """The unit's components by contribution, largest first, and the factors that keep the function as it is (H10).
+
+    Open components only; with one half-open gate its factor is folded into the row that leaves the boundary and taken
+    out of the row that comes to it. Nothing moves where that factor would be below MIN_GATE_TO_SORT, or where several
+    gates are half open (a wide ramp, a sigmoid).
+    """
+    identity = list(range(len(gates)))
+    half = [i for i, g in enumerate(gates) if 0.0 < g < 1.0]
+    active = sum(g > 0.0 for g in gates)
+    if len(half) > 1 or (half and gates[half[0]] < MIN_GATE_TO_SORT):
+        return identity, []
+    order = sorted(range(active), key=lambda i: (-scores[i] * gates[i], i)) + identity[active:]
+    if not half or order[half[0]] == half[0]:
+        return order, []
+    boundary = half[0]
+    return order, [
+        (boundary, "lora_B", (gates[boundary],)),
+        (order[boundary], "lora_B", (1.0 / gates[boundary],)),
+    ]
+
+
+def project(
+    ranks: Sequence[float], costs: Sequence[float], target: float, limits: Sequence[int] | None = None
+) -> list[int]:
+    """Whole ranks >= 1 near `ranks` whose cost is at most `target` and as near to it as components allow (H7).
+
+    A common shift of all ranks by bisection, then components one by one where the fraction is largest. limits: most
+    of each.
+    """
+    largest = limits or [math.ceil(target)] * len(ranks)
+
+    def whole(shift: float) -> list[int]:
+        return [min(most, max(1, math.floor(r + shift))) for r, most in zip(ranks, largest, strict=True)]
+
+    def cost(chosen: Sequence[int]) -> float:
+        return sum(n * c for n, c in zip(chosen, costs, strict=True))
+
+    low, high = -max(ranks) - 1.0, max(1.0, target)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(whole(middle)) <= target + 1e-9 else (low, middle)
+    chosen = whole(low)
+    left = target - cost(chosen)
+    by_fraction = sorted(range(len(ranks)), key=lambda i: (-(ranks[i] + low - chosen[i]), i))
+    for i in by_fraction:
+        if costs[i] <= left + 1e-9 and chosen[i] < largest[i]:
+            chosen[i] += 1
+            left -= costs[i]
+    return chosen
