@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume_from_checkpoint=auto)
        ardtrain validate CONFIG [a.b=c ...]  check config, model shapes and data; loads no weights
        ardtrain ranks RUN_DIR [OUT.png]      draw the ranks of a run
+       ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]"""
 
@@ -19,7 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rest or rest[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if rest else sys.stderr)
         return 0 if rest else 2
-    verbs: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "validate": _validate, "ranks": _ranks}
+    verbs: dict[str, Callable[[str, list[str]], int]] = {
+        "train": _train,
+        "validate": _validate,
+        "ranks": _ranks,
+        "compare": _compare,
+    }
     verb = rest.pop(0) if rest[0] in verbs else "train"
     if not rest:
         print(f"ardtrain {verb}: which config? for example: ardtrain {verb} run.yaml\n\n{USAGE}", file=sys.stderr)
@@ -71,6 +77,13 @@ def _validate(config: str, overrides: list[str]) -> int:
 
     print(validate(config, overrides))
     return 0
+
+
+def _compare(suite: str, overrides: list[str]) -> int:
+    _name_the_accelerator()
+    from ardtrain.compare import compare
+
+    return compare(suite, overrides)
 
 
 def _ranks(run_dir: str, rest: list[str]) -> int:

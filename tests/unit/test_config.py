@@ -233,8 +233,8 @@ def test_block_of_another_method_is_refused():
             "adalora.tinit=10 + adalora.tfinal=20 leave none of the run's 30 steps to adapt",
         ),
         (
-            {"method": "adalora", "adalora": ADALORA | {"deltaT": 70}, "max_steps": 100},
-            "adalora.deltaT=70 gives no reduction in the 70 steps",
+            {"method": "adalora", "adalora": ADALORA | {"deltaT": 90}, "max_steps": 100},
+            "adalora.deltaT=90 gives no reduction in the 70 steps",
         ),
         ({"method": "ard_lora", "ard_lora": {"beta": 1.0}}, "ard_lora.beta=1.0 must be less than 1"),
         (

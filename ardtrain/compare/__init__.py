@@ -1,0 +1,9 @@
+"""`ardtrain compare SUITE.yaml`: methods x learning rates x seeds from one file, at equal final trainable parameters.
+
+`suite` reads the file and gives each run's config; `plan` says which runs come next; `runner` starts them and is the
+only part with effects beyond reading; `results` reads a run's folder; `tables` makes the report.
+"""
+
+from ardtrain.compare.runner import compare
+
+__all__ = ["compare"]
