@@ -7,9 +7,9 @@ With S minus the mean cross-entropy over the batch's target tokens, M the model 
 The paper's importance IS(r) is CS(r) + S(M), a constant apart. The naive way costs 2R + 1 forwards of the batch
 (methods.md 3.7). Here, with results equal to rounding:
 
-- Many ablations share a forward: each of its copies of the data has its own gates. Nothing is repeated for the copies
-  that cannot differ between them (`_replayed`).
-- Ablating in layer l starts at layer l, from the hidden state of M (for "without r") or of M_none (for "only r").
+- Many ablations share a forward: each of its copies of the data has its own gates.
+- Ablating in layer l starts at layer l, from the hidden state of M (for "without r") or of M_none (for "only r"), and
+  linears of that layer that run before the ablated one are not computed again (`_replayed`).
   These states move up with l, one layer of all grains at a time: memory is one hidden state and one layer's linear
   outputs for each grain and each of the two models that this process scores on, whatever the depth.
 - The vocabulary's GEMM runs at positions whose next token is a target.
@@ -315,6 +315,8 @@ class AblationScorer:
             pruned. The backward passes keep the activations of one grain.
         prefix_cache: start at the ablated layer; needs decoder layers that run once each, in order.
         target_logits_only: the vocabulary's GEMM at target positions only.
+        between: called after each round of forwards, equally often on every process; it may raise, and the model is
+            left as it was.
     """
 
     def __init__(
@@ -330,17 +332,19 @@ class AblationScorer:
         shortlist: float | None = None,
         prefix_cache: bool = True,
         target_logits_only: bool = True,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         if ablations_per_forward < 1:
             raise ValueError(f"ablations_per_forward={ablations_per_forward} must be at least 1")
         if shortlist is not None and not 0.0 < shortlist <= 1.0:
             raise ValueError(f"shortlist={shortlist} must be a fraction above 0, at most 1; leave it out to score all")
         self.module, self.adapters, self.data = module, adapters, data
-        self.world, self.mask_dtype, self.release = world, mask_dtype, release
-        self.ablations_per_forward, self.shortlist = ablations_per_forward, shortlist
+        self.world, self.mask_dtype, self.release, self.between = world, mask_dtype, release, between
+        self.ablations_per_forward, self.shortlist, self.between = ablations_per_forward, shortlist, between
         self.stack = find_stack(module, list(adapters)) if prefix_cache else None
         get_head = getattr(module, "get_output_embeddings", None)
         self._head: nn.Module | None = get_head() if get_head is not None else None
+        self._head_path = next((name for name, m in module.named_modules() if m is self._head), "")
         # An adapted head's gates are one an example, so it must see [C * B, T, D].
         self._selects = target_logits_only and self._head is not None and not isinstance(self._head, AdapterLinear)
         self._lanes: dict[tuple[int, int], _Lane] = {}
@@ -363,6 +367,7 @@ class AblationScorer:
         self.module.eval()
         self._layout, self._weights = layout, weights.detach()
         self._views = layout.views(self._weights)
+        self._spans = {block.module: (block.first, block.rows) for block in layout.blocks}
         try:
             with torch.no_grad():
                 return self._scores()
@@ -371,7 +376,7 @@ class AblationScorer:
             self.release()
             self.module.train(was_training)
             self._lanes = {}
-            del self._layout, self._weights, self._views
+            del self._layout, self._weights, self._views, self._spans
 
     def _scores(self) -> AblationScores:
         total, num_grains = self._layout.table.total, len(self._grains)
@@ -468,6 +473,7 @@ class AblationScorer:
                 if counted:
                     rows = list(item.components) or [sums.shape[1] - 1]
                     sums[item.side, rows, item.grain] = losses
+                self.between()
 
     def _rise(self, layer: int, num_rounds: int, *, keep_outputs: bool) -> None:
         """Brings the lanes of this process from below `layer` to it. All processes must call this.
@@ -479,6 +485,7 @@ class AblationScorer:
         for r in range(num_rounds):
             lane = lanes[min(r, len(lanes) - 1)]
             new[lane] = self._run_layer(layer, lane, old[lane].leaving, keep_outputs=keep_outputs)
+            self.between()
         self._lanes = new
 
     def _run_layer(self, layer: int, lane: tuple[int, int], entering: Tensor | None, *, keep_outputs: bool) -> _Lane:
@@ -543,8 +550,7 @@ class AblationScorer:
         """Gives each copy its own gates, [C * B, 1, R] or for one copy [R]; returns the modules that are ablated."""
         rows = self._grains[item.grain].rows
         touched = []
-        for name in self.adapters:
-            first, count = self._layout.positions(name)
+        for name, (first, count) in self._spans.items():
             own = [(i, c - first) for i, c in enumerate(item.components) if first <= c < first + count]
             if not own:
                 continue
@@ -591,11 +597,10 @@ class AblationScorer:
     @contextlib.contextmanager
     def _head_skipped(self) -> Iterator[None]:
         """While open, the output embedding does not run."""
-        path = next((name for name, m in self.module.named_modules() if m is self._head), "")
-        if self._head is None or not path:
+        if self._head is None or not self._head_path:
             yield
             return
-        parent_path, _, child = path.rpartition(".")
+        parent_path, _, child = self._head_path.rpartition(".")
         parent = self.module.get_submodule(parent_path)
         setattr(parent, child, _Skipped(self._head, lambda hidden: hidden))
         try:
@@ -624,6 +629,7 @@ class AblationScorer:
             self.release()
             if counted:
                 slopes[side, number] = -gradient.double()
+            self.between()
         by_component = self.world.merge(slopes).cpu().flatten(0, 1).T.tolist()
         return torch.tensor([math.fsum(row) for row in by_component], dtype=torch.float64)
 

@@ -127,7 +127,7 @@ class StepSum:
     gradient: [N] float64-exact sum rounded once to float32, not yet divided; losses, tokens (targets) and processed
     (tokens without padding): per grain, in grain order; largest: max over grains of max|g|; valid: no overflow was
     possible; finite: every grain's loss and gradient were; bad_grains: indices of those that were not; flag: sum of the
-    flags that processes raised.
+    flags that processes raised; milliseconds: sum of what the processes gave.
     """
 
     gradient: Tensor
@@ -139,6 +139,7 @@ class StepSum:
     finite: bool
     bad_grains: tuple[int, ...]
     flag: int
+    milliseconds: int = 0
 
 
 class ExactSum:
@@ -148,7 +149,7 @@ class ExactSum:
 
     def __init__(self, numbers: int, num_grains: int, *, exponent: int, device: torch.device) -> None:
         self.numbers, self.num_grains, self.exponent = numbers, num_grains, exponent
-        self._head = num_grains * self.COLUMNS + 1
+        self._head = num_grains * self.COLUMNS + 2
         self._buffer = torch.zeros(self._head + numbers, dtype=torch.int64, device=device)
 
     def add(
@@ -175,13 +176,14 @@ class ExactSum:
         slot[2] = tokens
         slot[3] = processed
 
-    def reduce(self, world: World, *, flag: int = 0) -> StepSum:
+    def reduce(self, world: World, *, flag: int = 0, milliseconds: int = 0) -> StepSum:
         """All processes must call this. One all-reduce, one host synchronisation."""
-        self._buffer[self._head - 1] = flag
+        self._buffer[self._head - 2] = flag
+        self._buffer[self._head - 1] = milliseconds
         world.add_integers(self._buffer)
         head = self._buffer[: self._head].cpu()
-        flags = int(head[-1])
-        table = head[:-1].view(self.num_grains, self.COLUMNS)
+        flags, spent = head[-2:].tolist()
+        table = head[:-2].view(self.num_grains, self.COLUMNS)
         losses = table[:, 0].contiguous().view(torch.float64).tolist()
         maxima = table[:, 1].contiguous().view(torch.float64).tolist()
         bad = tuple(
@@ -201,6 +203,7 @@ class ExactSum:
             finite=not bad,
             bad_grains=bad,
             flag=flags,
+            milliseconds=spent,
         )
 
     def _to_float(self) -> Tensor:

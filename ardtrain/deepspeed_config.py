@@ -1,5 +1,7 @@
 """The user's one DeepSpeed JSON, mapped to two engines: the frozen backbone and the adapter engine (architecture.md 7).
 
+For method `full` there is one engine, which takes the whole file.
+
 What the JSON says about the run (optimizer, scheduler, clipping, batch sizes, dtype) is taken over into the config, so
 that the config alone is the truth; what is left goes to the engines.
 """
@@ -11,7 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ardtrain.config import ConfigError, OptimizerBlock, RunConfig, read_deepspeed_json, updated
+from ardtrain.config import (
+    ConfigError,
+    OptimizerBlock,
+    RunConfig,
+    accumulation_steps,
+    read_deepspeed_json,
+    updated,
+    with_batch,
+)
 
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 NVME_PLACEHOLDER = "SET_ME"  # ds_configs/zero3_nvme.json: every cluster has its own path
@@ -24,6 +34,16 @@ _BATCH = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
+MAX_BUCKET_NUMBERS = 500_000_000  # DeepSpeed's own reduce_bucket_size, which it allocates whole
+_REFUSED_FOR_FULL = {  # dotted key -> (the values it may have, why not others)
+    "zero_optimization.compute_grad_norm": ((True,), "a step that is not finite could not be told; remove it"),
+    "bf16.check_grad_overflow": ((True,), "a step that is not finite would be applied; remove it"),
+    "managed_gradient_accumulation": ((True,), "the loop sets the boundaries of a step; remove it"),
+    "sequence_parallel_size": ((1,), "all processes are data-parallel; remove it"),
+    "tensor_parallel.autotp_size": ((0, 1), "all processes are data-parallel; remove it"),
+    "torch_autocast.enabled": ((False,), "held-out loss would be computed otherwise; write bf16 or fp16"),
+    "gradient_predivide_factor": ((1,), "sums would hang on the stage; remove it"),
+}
 _ZERO_KEYS = {  # of zero_optimization: understood, so not worth a note
     *("stage", "offload_param", "offload_optimizer", "overlap_comm", "contiguous_gradients", "sub_group_size"),
     *("reduce_scatter", "reduce_bucket_size", "allgather_partitions", "allgather_bucket_size"),
@@ -32,18 +52,20 @@ _ZERO_KEYS = {  # of zero_optimization: understood, so not worth a note
 
 @dataclass(frozen=True)
 class DeepSpeedPlan:
-    """What the two engines are started with.
+    """What the two engines are started with, or the one of method `full`.
 
     backbone, adapter: ready for `deepspeed.initialize`. The backbone has no optimizer; the adapter engine is fp32.
-    notes: what to print at the start.
+    full: the same for method `full`, then the other two are empty; else None. backbone_stage: the model's ZeRO stage, 0
+    or 3 if it is frozen. notes: what to print at the start.
     """
 
-    backbone_stage: Literal[0, 3]
+    backbone_stage: Literal[0, 1, 2, 3]
     backbone: dict[str, Any]
     adapter: dict[str, Any]
     compute_dtype: ComputeDtype
     optimizer_offload: bool
     notes: list[str] = field(default_factory=list)
+    full: dict[str, Any] | None = None
 
 
 def with_deepspeed(config: RunConfig) -> RunConfig:
@@ -75,7 +97,8 @@ def take_over(config: RunConfig) -> tuple[RunConfig, list[str]]:
     _take_scheduler(taker, _block(source, "scheduler", taker.errors))
     _take_dtype(taker, source)
     zero = source.get("zero_optimization", {})
-    if isinstance(zero, dict) and zero.get("stage") in (1, 2) and "adapter_zero_stage" not in config.model_fields_set:
+    unset = "adapter_zero_stage" not in config.model_fields_set and config.method != "full"
+    if unset and isinstance(zero, dict) and zero.get("stage") in (1, 2):
         taker.take("adapter_zero_stage", zero["stage"], "zero_optimization.stage")
     if taker.errors:
         raise ConfigError(taker.errors)
@@ -197,21 +220,26 @@ def _take_dtype(taker: _Taker, source: dict[str, Any]) -> None:
     for name in ("bf16", "fp16"):
         block = _block(source, name, taker.errors)
         taker.take(name, block.pop("enabled", None), f"{name}.enabled")
-        if name == "fp16" and block:
+        if block and taker.config.method == "full":
+            source[name] = block  # the engine of `full` has DeepSpeed's own masters and loss scaler
+        elif name == "fp16" and block:
             taker.notes.append(f"deepspeed.fp16.{', '.join(block)}: no effect; the loss scaler is ours (powers of two)")
 
 
 def split_deepspeed(config: RunConfig, *, world_size: int, trainable_numbers: int | None = None) -> DeepSpeedPlan:
-    """The two engines' DeepSpeed configs.
+    """The two engines' DeepSpeed configs, or that of method `full`.
 
     Args:
         config: as loaded (then `notes` also says what is taken over) or after `with_deepspeed`.
         world_size: processes, all data-parallel.
-        trainable_numbers: size of the arena, if known: sizes the reduce bucket and the figures in errors.
+        trainable_numbers: size of the arena (`full`: of the model), if known: sizes the reduce bucket and the figures
+            in errors.
     Raises:
         ConfigError: as `with_deepspeed`; or an offload that the stage does not allow.
     """
     config, notes = take_over(config)
+    if config.method == "full":
+        return _full_plan(config, notes, world_size=world_size, trainable_numbers=trainable_numbers)
     source = copy.deepcopy(config.deepspeed) if isinstance(config.deepspeed, dict) else {}
     errors: list[str] = []
     zero = _block(source, "zero_optimization", errors)
@@ -228,7 +256,7 @@ def split_deepspeed(config: RunConfig, *, world_size: int, trainable_numbers: in
     if errors:
         raise ConfigError(errors)
     backbone_stage: Literal[0, 3] = 3 if stage == 3 else 0
-    dtype: ComputeDtype = "bf16" if config.bf16 else "fp16" if config.fp16 else "fp32"
+    dtype = _compute_dtype(config)
     plain = _without_auto(source, notes)
     zero = _without_auto(zero, notes, "zero_optimization.")
     others = [
@@ -249,6 +277,110 @@ def split_deepspeed(config: RunConfig, *, world_size: int, trainable_numbers: in
     return DeepSpeedPlan(backbone_stage, backbone, adapter, dtype, offload is not None, notes)
 
 
+def _compute_dtype(config: RunConfig) -> ComputeDtype:
+    return "bf16" if config.bf16 else "fp16" if config.fp16 else "fp32"
+
+
+def _full_plan(config: RunConfig, notes: list[str], *, world_size: int, trainable_numbers: int | None) -> DeepSpeedPlan:
+    """The user's JSON whole, with what is ours filled in: batch triple, clipping, dtype, a reduce bucket that fits.
+
+    gradient_accumulation_steps is ceil(G / processes), the most that a step has; a short last one has fewer.
+    """
+    source = copy.deepcopy(config.deepspeed) if isinstance(config.deepspeed, dict) else {}
+    errors: list[str] = []
+    dtype = _compute_dtype(config)
+    zero = _block(source, "zero_optimization", errors)
+    stage: Any = zero.pop("stage", None)
+    if stage not in (None, 0, 1, 2, 3) or isinstance(stage, bool):
+        errors.append(f"deepspeed.zero_optimization.stage={stage} is no ZeRO stage; write 1, 2 or 3 (0 means 1)")
+    if stage == 0:
+        notes.append(
+            "zero_optimization.stage 0 means 1 for method=full: stage 0 would apply a gradient that is not finite"
+        )
+    zero_stage: Literal[1, 2, 3] = stage or 1
+    _refuse_old_names(zero, errors)
+    _check_offload_param(zero, errors, stage=zero_stage)
+    offload = _check_full_offload_optimizer(config, zero, errors, notes, stage=zero_stage)
+    own = {name: _block(source, name, errors) for name in ("bf16", "fp16")}
+    for key, (allowed, reason) in _REFUSED_FOR_FULL.items():
+        value = _at({**source, "zero_optimization": zero, **own}, key)
+        if value is not None and value != "auto" and value not in allowed:
+            errors.append(f"deepspeed.{key}={value}: {reason}")
+    if errors:
+        raise ConfigError(errors)
+    plain = _without_auto(source, notes)
+    zero = _without_auto(zero, notes, "zero_optimization.")
+    num_micro_steps = accumulation_steps(with_batch(config, world_size), world_size)
+    grain = config.per_device_train_batch_size
+    if trainable_numbers is not None:
+        zero.setdefault("reduce_bucket_size", min(trainable_numbers, MAX_BUCKET_NUMBERS))
+    if dtype == "bf16" and num_micro_steps > 1:
+        types = dict(plain.get("data_types", {}))
+        if types.setdefault("grad_accum_dtype", "fp32") == "fp32":
+            notes.append("gradients of a step's grains are added in float32 (data_types.grad_accum_dtype)")
+        plain["data_types"] = types
+    engine: dict[str, Any] = {
+        **plain,
+        "train_batch_size": grain * num_micro_steps * world_size,
+        "train_micro_batch_size_per_gpu": grain,
+        "gradient_accumulation_steps": num_micro_steps,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {**zero, "stage": zero_stage},
+    }
+    if dtype != "fp32":
+        engine[dtype] = {**_without_auto(own[dtype], notes, f"{dtype}."), "enabled": True}
+    if offload is not None and config.offload_optimizer_kernel == "torch":
+        engine["zero_force_ds_cpu_optimizer"] = False
+    return DeepSpeedPlan(zero_stage, {}, {}, dtype, offload is not None, notes, engine)
+
+
+def _at(source: Mapping[str, Any], key: str) -> object:
+    """The value at a dotted key; None where it or a block on the way is missing."""
+    value: object = source
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _refuse_old_names(zero: Mapping[str, Any], errors: list[str]) -> None:
+    for old in ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"):
+        if old in zero:
+            errors.append(f"deepspeed.zero_optimization.{old} is an old name; write offload_optimizer or offload_param")
+
+
+def _check_full_offload_optimizer(
+    config: RunConfig, zero: dict[str, Any], errors: list[str], notes: list[str], *, stage: object
+) -> str | None:
+    """The device of the optimizer's offload, None for none; drops a block whose device is none."""
+    name = "deepspeed.zero_optimization.offload_optimizer"
+    block = _block(zero, "offload_optimizer", errors)
+    device = block.get("device", "none")
+    if device == "none":
+        return None
+    zero["offload_optimizer"] = block
+    if device not in ("cpu", "nvme"):
+        errors.append(f"{name}.device={device} is unknown; write cpu, nvme or none")
+    if device == "nvme":
+        if stage != 3:
+            errors.append(f"{name}.device=nvme needs zero_optimization.stage 3 (it is {stage}); set it, or write cpu")
+        _check_nvme_path(block, name, errors)
+        notes.append(
+            "offload_optimizer to NVMe: DeepSpeed's checkpoints do not bring such an optimizer back, so this run "
+            "cannot be resumed; cpu can"
+        )
+    if block.get("ratio", 1.0) not in (1, "auto") and config.offload_optimizer_kernel == "torch":
+        errors.append(f"{name}.ratio={block['ratio']} needs offload_optimizer_kernel=cpu_adam; set it, or remove ratio")
+    return str(device)
+
+
+def _check_nvme_path(block: Mapping[str, Any], name: str, errors: list[str]) -> None:
+    path = block.get("nvme_path")
+    if path in (None, "", "auto", NVME_PLACEHOLDER):
+        errors.append(
+            f"{name}.nvme_path={path} names no folder; give one on a local NVMe disk: {name}.nvme_path=/local/nvme"
+        )
+
+
 def _batch(grain: int, world_size: int) -> dict[str, int]:
     """DeepSpeed's triple, which neither engine counts with: grains are dealt by us."""
     return {
@@ -264,7 +396,7 @@ def _adapter_config(
     """Always fp32 and without clipping: gradients come summed and clipped (deepspeed.md 1)."""
     zero: dict[str, Any] = {"stage": config.adapter_zero_stage}
     if trainable_numbers is not None:
-        zero["reduce_bucket_size"] = min(trainable_numbers, 500_000_000)  # DeepSpeed allocates this many (default: max)
+        zero["reduce_bucket_size"] = min(trainable_numbers, MAX_BUCKET_NUMBERS)
     if offload is not None:
         zero["offload_optimizer"] = offload
     adapter: dict[str, Any] = {**_batch(1, world_size), "gradient_clipping": 0.0, "zero_optimization": zero}
@@ -277,9 +409,7 @@ def _offload_optimizer(
     zero: dict[str, Any], errors: list[str], notes: list[str], *, world_size: int, trainable_numbers: int | None
 ) -> dict[str, Any] | None:
     """The adapter engine's offload block, taken out of `zero`; None: no offload."""
-    for old in ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"):
-        if old in zero:
-            errors.append(f"deepspeed.zero_optimization.{old} is an old name; write offload_optimizer or offload_param")
+    _refuse_old_names(zero, errors)
     block = _block(zero, "offload_optimizer", errors)
     name = "deepspeed.zero_optimization.offload_optimizer"
     device = block.pop("device", "none")
@@ -323,11 +453,8 @@ def _check_offload_param(zero: dict[str, Any], errors: list[str], *, stage: obje
         errors.append(
             f"{name}.device={device} needs zero_optimization.stage 3 (it is {stage}); set it, or remove the block"
         )
-    path = block.get("nvme_path")
-    if device == "nvme" and path in (None, "", "auto", NVME_PLACEHOLDER):
-        errors.append(
-            f"{name}.nvme_path={path} names no folder; give one on a local NVMe disk: {name}.nvme_path=/local/nvme"
-        )
+    if device == "nvme":
+        _check_nvme_path(block, name, errors)
 
 
 def _is_expected(key: str) -> bool:

@@ -1,13 +1,18 @@
-"""The only importer of deepspeed: the frozen backbone's engine and the arena's engine.
+"""The only importer of deepspeed: the frozen backbone's engine, the arena's engine, and one for full fine-tuning.
 
 The backbone is sharded once (ZeRO-3, optional parameter offload) and has no optimizer; a resize never touches it. All
 trained numbers are one flat float32 parameter of a second, small engine, made anew at each resize (deepspeed.md 1).
+Full fine-tuning is one ordinary ZeRO engine over the model (deepspeed.md 7).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
+import pickle
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +21,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import (
     logger as deepspeed_logger,
 )
@@ -28,9 +35,16 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     set_z3_leaf_modules,
 )
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FULL_NEEDS = (
+    0,
+    19,
+    8,
+)  # DeepSpeed that drops a step whose gradient norm is not finite, at every stage; 0.19.3 does not
+LAYOUT_FILE = "layout.json"  # in a full engine's checkpoint: on how many processes and at which stage it was saved
 STALE_LOCK_SECONDS = 1800.0  # a compile of one op takes up to some minutes, more on a busy machine
 
 
@@ -250,6 +264,15 @@ class AdapterEngine:
         safe_set_full_fp32_param(self._parameter, weights)
         self._parameter.data.copy_(weights)
 
+    def save_zero(self, folder: Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        """DeepSpeed's own checkpoint of the arena in `folder/tag`. All processes must call this; it is synchronous.
+
+        The universal format's note in the client state lets `deepspeed.checkpoint.ds_to_universal` convert it.
+        """
+        note = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+        with quiet():
+            self._engine.save_checkpoint(str(folder), tag=tag, client_state={**client_state, **note}, save_latest=False)
+
     def _states(self) -> list[dict[str, Any]]:
         return [s for s in self._engine.optimizer.optimizer.state.values() if "step" in s]
 
@@ -264,17 +287,212 @@ class AdapterEngine:
         del self._engine, self._parameter
 
 
+def read_zero(folder: Path, *, allow_pickle: bool) -> tuple[FullState, dict[str, Any]]:
+    """The trained numbers of a checkpoint that `AdapterEngine.save_zero` wrote, for any number of processes.
+
+    The arena is one flat parameter, so the processes' partitions in a row are the arena. Reads files only.
+
+    Returns:
+        Masters and moments, not yet cut to the arena's size (DeepSpeed pads the last partition); the client state.
+    Raises:
+        ValueError: files are missing or damaged, or hold more than torch reads without running code from them
+            (allow_pickle lets it).
+    """
+    # What DeepSpeed pickles beside tensors: plain holders of numbers.
+    known = [ZeroStageEnum, fragment_address, *(getattr(loss_scaler, n) for n in ("LossScaler", "DynamicLossScaler"))]
+
+    def load(path: Path) -> dict[str, Any]:
+        try:
+            with torch.serialization.safe_globals(known):
+                out: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+            return out
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than tensors and plain values ({str(error).splitlines()[0]}); allow_pickle=true "
+                "reads it, and lets the file run code: only for files you trust"
+            ) from error
+        except (OSError, RuntimeError, EOFError, KeyError) as error:
+            raise ValueError(f"{path} is missing or damaged ({str(error).splitlines()[0]})") from error
+
+    states = load(folder / "mp_rank_00_model_states.pt")
+    count = int(states["dp_world_size"])
+    parts = [
+        load(folder / f"zero_pp_rank_{p}_mp_rank_00_optim_states.pt")["optimizer_state_dict"] for p in range(count)
+    ]
+    moments = [part["base_optimizer_state"]["state"][0] for part in parts]
+    master = torch.cat([part["single_partition_of_fp32_groups"][0].float() for part in parts])
+    exp_avg, exp_avg_sq = (torch.cat([m[name].float() for m in moments]) for name in MOMENTS)
+    return FullState(master, exp_avg, exp_avg_sq, int(moments[0]["step"])), states
+
+
+class FullEngine:
+    """The whole model trained under ZeRO-1 to 3 with AdamW: an ordinary DeepSpeed run, for method `full`.
+
+    In bf16 and fp16 DeepSpeed keeps float32 masters and, for fp16, scales the loss. Sums are DeepSpeed's floats: losses
+    hang, in their last digits, on the number of processes.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, config: Mapping[str, Any], adam: AdamSettings, device: torch.device
+    ) -> None:
+        """All processes must call this.
+
+        Args:
+            model: the loaded model on the CPU, parameters in the compute dtype; all of them become trainable.
+            config: DeepSpeed's (deepspeed_config.split_deepspeed's `full`), ZeRO stage 1 to 3.
+        Raises:
+            ValueError: DeepSpeed is too old.
+        """
+        if tuple(map(int, re.findall(r"\d+", deepspeed.__version__)[:3])) < FULL_NEEDS:
+            raise ValueError(
+                f"method=full needs DeepSpeed {'.'.join(map(str, FULL_NEEDS))}, this is {deepspeed.__version__}, which "
+                "applies gradients that are not finite; upgrade it"
+            )
+        self.stage: int = config["zero_optimization"]["stage"]
+        assert self.stage in (1, 2, 3), "stage 0 applies a gradient that is not finite"
+        self.module = model
+        self.grad_norm = math.nan
+        offload = config["zero_optimization"].get("offload_optimizer", {})
+        # DeepSpeed 0.19.8 copies the swapped files and restores nothing else of an optimizer on NVMe.
+        self.resumable = offload.get("device") != "nvme"
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        with quiet():
+            if self.stage == 3:
+                deepspeed.zero.Init(module=model, config_dict_or_path=dict(config))
+            else:
+                model.to(device)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = _make_optimizer(trained, adam, device=device, config=config)
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
+        _restore_buffers(model, buffers, device)
+        # The engine: a forward whose loss goes to `backward` must go through it, any other through `module`.
+        self.trained: nn.Module = self._engine
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of this loss; a step's is that of the sum of all losses of all calls on all processes.
+
+        All processes must call this equally often; last: `step` follows.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over processes.
+        self._engine.backward(loss * self._engine.dp_world_size, scale_wrt_gas=False)
+
+    def step(self, *, lr: float) -> float | None:
+        """Clips by the config's gradient_clipping and steps. All processes must call this.
+
+        Returns:
+            The gradient's norm before clipping; None where it was not finite, then nothing was changed but, in fp16,
+            the loss scale. One host synchronisation.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        self.grad_norm = math.nan
+        if not self._engine.was_step_applied():
+            return None
+        self.grad_norm = float(self._engine.get_global_grad_norm())
+        assert 0.0 <= self.grad_norm < math.inf, "DeepSpeed drops such a step"
+        return self.grad_norm
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's loss scale, else 1."""
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
+
+    @property
+    def loss_scale_falls(self) -> bool:
+        """Does an overflow lower the loss scale, so that the step may be tried again?"""
+        return bool(self._engine.fp16_enabled() and self._engine.dynamic_loss_scale())
+
+    def release(self) -> None:
+        """Frees weights that backward left gathered (the embedding's, whose inputs need no gradient)."""
+        if self.stage == 3:
+            self._engine.optimizer.parameter_offload.partition_all_parameters()
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name, on the host of process 0 in their compute dtype; {} elsewhere.
+
+        Tied parameters share their memory. Under ZeRO-3 one parameter is whole at a time. All processes must call this.
+        """
+        is_main = self._engine.global_rank == 0
+        self.release()
+        host: dict[int, Tensor] = {}
+        out: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in host:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    host[id(parameter)] = parameter.detach().to("cpu", copy=True) if is_main else torch.empty(0)
+            out[name] = host[id(parameter)]
+        for prefix, module in self.module.named_modules():
+            for key, buffer in module.named_buffers(prefix, recurse=False):
+                if key.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    out[key] = buffer.detach().to("cpu", copy=True)
+        return out if is_main else {}
+
+    def save(self, folder: Path, tag: str) -> None:
+        """DeepSpeed's own checkpoint in `folder/tag`: weights, masters, moments. All processes must call this."""
+        assert self.resumable, "it could not be loaded"
+        with quiet():
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        if self._engine.global_rank == 0:
+            (folder / tag / LAYOUT_FILE).write_text(json.dumps(self._layout()))
+
+    def load(self, folder: Path, tag: str) -> None:
+        """What `save` wrote, into a new engine over the same model. It unpickles. All processes must call this.
+
+        Raises:
+            ValueError: it was saved by another number of processes or ZeRO stage, or is not there, or the optimizer is
+                on NVMe.
+        """
+        path = folder / tag
+        if not self.resumable:
+            raise ValueError(
+                "deepspeed.zero_optimization.offload_optimizer.device=nvme: DeepSpeed does not bring such an optimizer "
+                "back, so method=full cannot resume; write cpu from the start"
+            )
+        if not (path / LAYOUT_FILE).is_file():
+            raise ValueError(f"{path} is no complete DeepSpeed checkpoint of this program ({LAYOUT_FILE} is missing)")
+        saved, own = json.loads((path / LAYOUT_FILE).read_text()), self._layout()
+        different = [name for name in own if saved[name] != own[name]]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{path} was saved with {name}={saved[name]}, this run has {own[name]}; method=full resumes on the "
+                "same number of processes and ZeRO stage only"
+            )
+        with quiet():
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if loaded is None:
+            raise ValueError(f"{path} holds no DeepSpeed checkpoint; take another one")
+
+    def _layout(self) -> dict[str, int]:
+        return {"processes": int(self._engine.dp_world_size), "stage": self.stage}
+
+    def destroy(self) -> None:
+        """Ends the engine. All processes must call this."""
+        with quiet():
+            self._engine.destroy()
+        del self._engine, self.trained
+
+
 def _make_optimizer(
-    parameter: nn.Parameter, adam: AdamSettings, *, device: torch.device, config: Mapping[str, Any]
+    parameters: nn.Parameter | list[nn.Parameter],
+    adam: AdamSettings,
+    *,
+    device: torch.device,
+    config: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
+    parameters = [parameters] if isinstance(parameters, nn.Parameter) else parameters
     settings: dict[str, Any] = {
         "lr": 0.0, "betas": adam.betas, "eps": adam.eps, "weight_decay": adam.weight_decay,
     }  # fmt: skip
     if adam.kernel == "cpu_adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam([parameter], adamw_mode=True, **settings)
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     # On the host torch's fused kernel rounds the tail of a partition (numbers beyond the last full vector) otherwise
     # than its body, so bits would hang on how many processes cut the arena; the plain kernel does not (test_exact.py).
     on_host = device.type == "cpu" or "offload_optimizer" in config["zero_optimization"]
-    return torch.optim.AdamW([parameter], fused=not on_host, foreach=False if on_host else None, **settings)
+    return torch.optim.AdamW(parameters, fused=not on_host, foreach=False if on_host else None, **settings)

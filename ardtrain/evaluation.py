@@ -6,7 +6,7 @@ Letters: B batch, T tokens, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -125,11 +125,20 @@ def _record_logits(module: nn.Module, *, wanted: bool) -> Iterator[list[Tensor]]
 
 
 def held_out_loss(
-    module: nn.Module, data: Grains, *, world: World, mask_dtype: torch.dtype, loss_sum: LossSum = loss_sum
+    module: nn.Module,
+    data: Grains,
+    *,
+    world: World,
+    mask_dtype: torch.dtype,
+    loss_sum: LossSum = loss_sum,
+    between: Callable[[], None] = lambda: None,
 ) -> HeldOut:
     """The loss over all held-out grains; the same bits for any number of processes. All processes must call this.
 
     Of classification also the metrics; gathering the predictions is one more sum over the processes.
+
+    Args:
+        between: called after each round of grains, equally often on every process; it may raise.
     """
     grains = data.grains()
     total = ExactSum(0, len(grains), exponent=0, device=world.device)
@@ -151,6 +160,7 @@ def held_out_loss(
                 num_classes = logits[-1].shape[1]
                 if counted:
                     predicted[index] = torch.stack([classes.to(world.device), logits[-1].argmax(-1)], dim=1)
+            between()
     module.train(was_training)
     result = total.reduce(world)
     tokens = sum(result.tokens)

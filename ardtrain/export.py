@@ -39,7 +39,7 @@ def peft_tensors(
     out: dict[str, Tensor] = {}
     taken = 0
     for module, (a, b, middle, width) in _matrices(master, layout, heads or {}).items():
-        if gates is not None:
+        if gates is not None and len(a):
             own = gates[taken : taken + len(a) * width].view(len(a), width).to(master)
             taken += len(a) * width
             a, b = _gated(a, b, own, (heads or {}).get(module))

@@ -50,6 +50,7 @@ def find_heads(
         wanted = chosen is None or _ends(site.module, tuple(chosen))
         if not wanted:
             continue
+        what = "the model's head count"
         if query and _ends(site.module, _QUERY):
             heads = Heads(query, "out")
         elif query and _ends(site.module, _KEY_VALUE):
@@ -57,16 +58,15 @@ def find_heads(
         elif query and _ends(site.module, _OUTPUT):
             heads = Heads(query, "in")
         elif mlp_heads > 1 and _ends(site.module, _UP):
-            heads = Heads(mlp_heads, "out")
+            heads, what = Heads(mlp_heads, "out"), "ard_lora.mlp_heads"
         elif mlp_heads > 1 and _ends(site.module, _DOWN):
-            heads = Heads(mlp_heads, "in")
+            heads, what = Heads(mlp_heads, "in"), "ard_lora.mlp_heads"
         elif chosen is not None:
             raise ValueError(f"ard_lora.head_modules names {site.module}, a matrix without heads; leave it out")
         else:
             continue
         width = site.out_features if heads.side == "out" else site.in_features
         if width % heads.count:
-            what = "ard_lora.mlp_heads" if _ends(site.module, _UP + _DOWN) else "the model's head count"
             raise ValueError(
                 f"{what}={heads.count} does not divide {site.module}'s {width} {heads.side}puts; choose a divisor, or "
                 "leave the module out of ard_lora.head_modules"

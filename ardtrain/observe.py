@@ -1,7 +1,8 @@
 """What a run tells while it goes: progress bar, `metrics.jsonl`, `ranks.jsonl`, one log file a process, a clock.
 
 Tools read these files, not processes, so a line is whole or absent: each is one write of one system call, and a
-resume drops the lines beyond its checkpoint, so that a run cut and resumed leaves the files of one that was not.
+resume cuts off the lines beyond its checkpoint (they go to `*.discarded.jsonl`), so that a run cut and resumed leaves
+the files of one that was not. A full disk costs lines, not the run.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ardtrain.faults import replace_file
+
+RECORDS = ("metrics.jsonl", "ranks.jsonl")
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ class RunLog:
         first_step: int = 0,
         show_bar: bool = True,
     ) -> None:
-        """Open the run's files for appending; first a resumed run drops what lies beyond `first_step`, a new one all.
+        """Open the run's files for appending; first a resumed run cuts off what is beyond `first_step`, a new one all.
 
         Args:
             num_steps: optimizer steps of the whole run, the bar's end.
@@ -42,13 +46,12 @@ class RunLog:
             show_bar: False writes the records only.
         """
         self._is_main = is_main
+        self._lost: dict[Path, int] = {}  # lines in a row that the disk did not take
         self._bar: Any = None
         if not is_main:
             return
-        self._metrics_path = Path(run_dir) / "metrics.jsonl"
-        self._ranks_path = Path(run_dir) / "ranks.jsonl"
-        for path in (self._metrics_path, self._ranks_path):
-            truncate_after(path, first_step if first_step > 0 else -1)
+        self._metrics_path, self._ranks_path = (Path(run_dir) / name for name in RECORDS)
+        cut_back(run_dir, first_step if first_step > 0 else -1)
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not show_bar, mininterval=0.5
         )
@@ -64,12 +67,23 @@ class RunLog:
     def metrics(self, step: int, record: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`. Numbers keep all their digits; nan and infinity become null."""
         if self._is_main:
-            _append_line(self._metrics_path, {"step": step, **record})
+            self._append(self._metrics_path, {"step": step, **record})
 
     def ranks(self, step: int, record: Mapping[str, Any]) -> None:
         """Append one line to `ranks.jsonl`: line 0 holds the full table, each later one an event's changes."""
         if self._is_main:
-            _append_line(self._ranks_path, {"step": step, **record})
+            self._append(self._ranks_path, {"step": step, **record})
+
+    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
+        """A full disk is said once, and what it cost when there is room again."""
+        problem = _append_line(path, record)
+        lost = self._lost.pop(path, 0)
+        if problem is not None:
+            self._lost[path] = lost + 1
+        if problem is not None and not lost:
+            _logger.warning("%s: the line of step %s is lost (%s); the run goes on", path, record["step"], problem)
+        if problem is None and lost:
+            _logger.warning("%s: %d lines before step %s were lost", path, lost, record["step"])
 
     def progress(self, step: int, *, loss: float, learning_rate: float, total_rank: int) -> None:
         """Move the bar to `step`. The numbers must be on the host already."""
@@ -92,10 +106,24 @@ class RunLog:
             self._bar = None
 
 
-def _append_line(path: Path, record: Mapping[str, Any]) -> None:
+def _append_line(path: Path, record: Mapping[str, Any]) -> str | None:
+    """One whole line; or, where the disk does not take it, the file as it was, and the reason."""
     line = json.dumps(_plain(record), separators=(", ", ": "), allow_nan=False) + "\n"
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+    content = line.encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
+            written, problem = 0, "the disk took a part of it"
+            try:
+                written = file.write(content)
+            except OSError as error:
+                problem = error.strerror or str(error)
+            if written == len(content):
+                return None
+            file.truncate(length)
+            return problem
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _plain(value: Any) -> Any:
@@ -109,30 +137,61 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def truncate_after(path: str | os.PathLike[str], step: int) -> int:
-    """Drop the lines of a JSONL file whose `step` is larger, and a last line torn by a crash.
+def cut_back(run_dir: str | os.PathLike[str], step: int) -> dict[str, int]:
+    """Cuts the run's records back to a checkpoint's step, so that what follows continues them. Process 0 alone.
+
+    step: of the checkpoint; -1 cuts all off (a new run). What is cut off is kept in `metrics.discarded.jsonl` and
+    `ranks.discarded.jsonl`, behind what earlier resumes cut off. Safe to repeat after a crash in the middle.
 
     Returns:
-        Number of lines dropped; with 0 the file is not touched, and a file that is not there has none.
+        File name -> number of lines cut off.
+    Raises:
+        ValueError: a line before the last is no record with a step; the file was edited or is not ours. OSError.
+    """
+    return {name: truncate_after(Path(run_dir) / name, step) for name in RECORDS}
+
+
+def truncate_after(path: str | os.PathLike[str], step: int) -> int:
+    """Move the lines of a JSONL file whose `step` is larger, and a last line torn by a crash, to `*.discarded.jsonl`.
+
+    Returns:
+        Number of lines moved; with 0 no file is touched, and a file that is not there has none.
     Raises:
         ValueError: a line before the last is no record with a step; the file was edited or is not ours.
     """
     path = Path(path)
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept: list[bytes] = []
+    cut: list[bytes] = []
     for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            stays = json.loads(line)["step"] <= step and line.endswith(b"\n")
+        except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: not a record with a step ({error!r}); remove the line") from error
-    if len(kept) < len(lines):
-        replace_file(path, "".join(kept))
-        _logger.info("%s: dropped %d lines beyond step %d", path.name, len(lines) - len(kept), step)
-    return len(lines) - len(kept)
+            stays = False
+        (kept if stays else cut).append(line)
+    if cut:
+        _keep_discarded(path.with_suffix(f".discarded{path.suffix}"), b"".join(cut))
+        replace_file(path, b"".join(kept).decode())
+        _logger.info("%s: %d lines beyond step %d went to *.discarded.jsonl", path.name, len(cut), step)
+    return len(cut)
+
+
+def _keep_discarded(path: Path, lines: bytes) -> None:
+    """Appends them, unless the file ends with them already: a crash came between this and the cut."""
+    lines = lines.removesuffix(b"\n") + b"\n"
+    with path.open("a+b") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - len(lines)))
+        end = file.read()
+        if end != lines:
+            torn = end and not end.endswith(b"\n")
+            file.write(b"\n" + lines if torn else lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def start_logging(run_dir: str | os.PathLike[str], *, global_rank: int, level: str = "INFO") -> Callable[[], None]:
@@ -144,7 +203,7 @@ def start_logging(run_dir: str | os.PathLike[str], *, global_rank: int, level: s
     folder = Path(run_dir) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     layout = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    file = logging.FileHandler(folder / f"process-{global_rank:04d}.log", encoding="utf-8")
+    file = _LogFile(folder / f"process-{global_rank:04d}.log", encoding="utf-8")
     file.setFormatter(layout)
     ours = logging.getLogger("ardtrain")
     old_level = ours.level
@@ -160,10 +219,19 @@ def start_logging(run_dir: str | os.PathLike[str], *, global_rank: int, level: s
     def undo() -> None:
         for logger, handler in handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # a full disk keeps the last lines
+                handler.close()
         ours.setLevel(old_level)
 
     return undo
+
+
+class _LogFile(logging.FileHandler):
+    """A log on a full disk loses lines; logging's own way would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 class _AboveTheBar(logging.Handler):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ardtrain.adapters import dense_entries, linear_modules
@@ -23,6 +24,7 @@ from ardtrain.backbones import (
     meta_model,
     tower_config,
 )
+from ardtrain.collectives import idle_share
 from ardtrain.config import (
     AloraBlock,
     ArdLoraBlock,
@@ -32,12 +34,18 @@ from ardtrain.config import (
     alora_steps,
     ard_lora_warmups,
     check_schedule,
+    load_config,
     num_warmup_steps,
+    updated,
+    with_batch,
 )
 from ardtrain.data import DataSettings, EvalData, TrainData
 from ardtrain.data_rows import find_labels
+from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
 from ardtrain.heads import Heads, find_heads, split_heads
+from ardtrain.importing import place, read_adapter
 from ardtrain.methods import build
+from ardtrain.methods.alora import num_matrix_types
 from ardtrain.methods.base import Method
 from ardtrain.ranks import Dense, RankTable, Site
 
@@ -55,6 +63,7 @@ class Shape:
     heads: Mapping[str, Heads] = field(default_factory=dict)  # of ARD-LoRA
     dense: tuple[Dense, ...] = ()
     labels: tuple[str, ...] = ()  # of a classification run
+    rows: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # of init_from: site -> part -> [r, columns]
 
 
 def model_source(config: RunConfig) -> ModelSource:
@@ -74,6 +83,11 @@ def check_model(config: RunConfig) -> Shape:
         model = meta_model(model_source(config), num_labels=len(labels) or None)
         trained_linears = head_linears(model) if labels else {}
         sites, ranks, heads = _sites(config, model)
+        rows: dict[str, dict[str, Tensor]] = {}
+        if config.init_from is not None:
+            diagonal = config.method in ("elalora", "adalora")
+            adapter = read_adapter(config.init_from)
+            sites, ranks, rows = place(adapter, sites, source=config.init_from, diagonal=diagonal)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     shapes = [[name, list(p.shape)] for name, p in model.named_parameters()]
@@ -83,7 +97,8 @@ def check_model(config: RunConfig) -> Shape:
     table = RankTable.start(sites, ranks)
     if config.method == "full":
         return Shape(RankTable.start((), ()), num_base, num_base, fingerprint, labels=labels)
-    shape = Shape(table, 0, num_base, fingerprint, heads, dense_entries(trained_linears), labels)
+    shape = Shape(table, 0, num_base, fingerprint, heads, dense_entries(trained_linears), labels, rows)
+    _check_shortlist(config, table)
     method = make_method(config, shape, total_steps=UNKNOWN_STEPS)  # for shapes alone
     dense = (*method.dense(sites), *shape.dense)
     num_trained = ArenaLayout(table, method.entries, dense).num_trained
@@ -230,6 +245,22 @@ def open_allocation_data(
         raise ConfigError([source + line for line in str(error).splitlines()]) from error
 
 
+def _check_shortlist(config: RunConfig, table: RankTable) -> None:
+    """What ALoRA prunes must be scored exactly."""
+    block = config.alora
+    if config.method != "alora" or block is None or block.shortlist is None:
+        return
+    pruned = block.n_a or num_matrix_types(table)
+    exact = int(block.shortlist * table.total)
+    if exact < pruned:
+        raise ConfigError(
+            [
+                f"alora.shortlist={block.shortlist:g} scores {exact} of {table.total} components exactly and a round "
+                f"prunes {pruned}; raise alora.shortlist or lower alora.n_a"
+            ]
+        )
+
+
 def _check_rounds(config: RunConfig, train: TrainData) -> None:
     """ALoRA's first round must leave a step to train (methods.md 3.3)."""
     if config.method != "alora":
@@ -304,3 +335,41 @@ def summary(config: RunConfig, shape: Shape, train: TrainData, notes: Sequence[s
         *(f"note: {n}" for n in notes),
     ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Config and everything that could be checked before weights are loaded."""
+
+    config: RunConfig
+    plan: DeepSpeedPlan
+    notes: list[str]
+    shape: Shape
+
+
+def read_run_config(path: str | Path, overrides: Sequence[str], *, world_size: int) -> tuple[RunConfig, list[str]]:
+    """The run's resolved config and notes for its user.
+
+    The global batch size is fixed at the first start: a run folder that has a resolved config keeps that one's.
+    """
+    config, notes = take_over(load_config(path, overrides))
+    resolved = Path(config.output_dir) / "config.yaml"
+    if config.resume_from_checkpoint is not None and config.global_batch_size is None and resolved.is_file():
+        earlier = load_config(resolved)
+        config = updated(config, {"global_batch_size": earlier.global_batch_size, "gradient_accumulation_steps": None})
+        notes.append(f"global_batch_size={earlier.global_batch_size} as at the first start ({resolved})")
+    return with_batch(config, world_size), notes
+
+
+def prepare(path: str | Path, overrides: Sequence[str], *, world_size: int) -> Prepared:
+    """Config, shapes and DeepSpeed plan. Raises ConfigError."""
+    config, notes = read_run_config(path, overrides, world_size=world_size)
+    shape = check_model(config)
+    plan = split_deepspeed(config, world_size=world_size, trainable_numbers=shape.num_trained)
+    if config.num_grains < world_size:
+        idle = world_size - config.num_grains
+        notes.append(f"{config.num_grains} grains for {world_size} processes: {idle} repeat work that is dropped")
+    elif config.num_grains % world_size:
+        share = idle_share(config.num_grains, world_size)
+        notes.append(f"{config.num_grains} grains over {world_size} processes: {share:.0%} of the rounds are idle")
+    return Prepared(config, plan, [*notes, *plan.notes], shape)

@@ -12,8 +12,7 @@ from ardtrain.config import RunConfig
 from ardtrain.evaluation import HeldOut
 from ardtrain.observe import RunLog
 from ardtrain.ranks import RankTable
-from ardtrain.resize import ResizeRecord
-from ardtrain.trainer import StepResult, Trainer
+from ardtrain.trainer import Event, StepResult, Trainer
 
 LOG_SCORES_SITES = 2000  # `log_scores` is on by default below this many sites
 
@@ -32,14 +31,13 @@ class Records:
         """Records one step; its numbers are on the host already."""
         done, clock = result.step + 1, self._trainer.clock
         clock.count_tokens(result.num_tokens)
-        total_rank = self._trainer.arena.table.total
+        arena = self._trainer.arena
+        total_rank = 0 if arena is None else arena.table.total  # method full has none
         self._log.progress(done, loss=result.loss, learning_rate=result.lr, total_rank=total_rank)
         last = done == self._trainer.settings.total_steps
         if done % self._config.logging_steps == 0 or result.void or last:
             shares = {f"{name}_fraction": clock.fraction(name) for name in ("allocator", "resize")}
             self._log.metrics(done, _numbers(result) | clock.report() | shares)
-        if result.record is not None:
-            self._event(result, result.record)
 
     def evaluation(self, step: int, held_out: HeldOut) -> None:
         """Records a held-out loss and says it."""
@@ -48,8 +46,10 @@ class Records:
         others = "".join(f", {name} {value:.4f}" for name, value in held_out.metrics.items())
         self._log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} {unit}{others}")
 
-    def _event(self, result: StepResult, record: ResizeRecord) -> None:
-        number, plan = self._trainer.state.events, record.plan
+    def event(self, event: Event) -> None:
+        """Records one event of the allocator."""
+        number, record = self._trainer.state.events, event.record
+        plan = record.plan
         changes = [
             {
                 "site": record.before.sites[i].name,
@@ -66,16 +66,16 @@ class Records:
             "total_rank": record.after.total,
             "digest": record.after.digest,
             "reason": plan.reason,
-            "scores": {**plan.scores, **result.notes},
+            "scores": {**plan.scores, **event.notes},
             "changes": changes,
             "seconds": record.seconds,
         }
-        self._log.ranks(result.step + 1, line)
+        self._log.ranks(event.step + 1, line)
         wanted = self._config.log_scores
         if wanted is None:
             wanted = len(record.before.sites) < LOG_SCORES_SITES
-        if wanted and result.scores is not None and self._trainer.world.is_main:
-            _write_scores(self._run_dir / "scores" / f"event-{number}.safetensors", record.before, result.scores)
+        if wanted and event.scores is not None and self._trainer.world.is_main:
+            _write_scores(self._run_dir / "scores" / f"event-{number}.safetensors", record.before, event.scores)
 
 
 def _numbers(result: StepResult) -> dict[str, float]:

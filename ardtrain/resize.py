@@ -103,13 +103,19 @@ def start_snapshot(
     *,
     seed: int,
     dense: Mapping[tuple[str, str], Tensor] | None = None,
+    rows: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Snapshot:
     """A run's first snapshot: every component newborn at step -1, moments zero.
 
-    dense: first values of the dense entries by (module, part).
+    Args:
+        dense: first values of the dense entries by (module, part). rows: first rows by site name and part [r, columns]
+            where an adapter gives them.
     """
     master = torch.zeros(layout.size)
     fill_newborn(master, layout, torch.ones(table.total, dtype=torch.bool), newborn, seed=seed, step=-1)
+    for index, site in enumerate(table.sites):
+        for part, values in (rows or {}).get(site.name, {}).items():
+            layout.site_rows(master, index)[part].copy_(values)
     for entry, block in zip(layout.dense, layout.all_blocks[len(layout.blocks) :], strict=True):
         block.of(master).copy_((dense or {})[entry.module, entry.part].view(entry.rows, entry.columns))
     zeros = torch.zeros(layout.size)
@@ -154,10 +160,15 @@ class LiveArena:
         self._engine_config, self._adam = dict(engine_config), adam
         self.engine: AdapterEngine
 
-    def start(self, table: RankTable, dense: Mapping[tuple[str, str], Tensor] | None = None) -> None:
-        """Builds a run's first arena; dense: first values of the dense entries by (module, part)."""
+    def start(
+        self,
+        table: RankTable,
+        dense: Mapping[tuple[str, str], Tensor] | None = None,
+        rows: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Builds a run's first arena; dense, rows: as `start_snapshot` takes them."""
         layout = ArenaLayout(table, self.method.entries, self.dense)
-        snapshot = start_snapshot(table, layout, self.method.init, seed=self.seed, dense=dense)
+        snapshot = start_snapshot(table, layout, self.method.init, seed=self.seed, dense=dense, rows=rows)
         for name, kind in self.method.state_tensors().items():
             if kind == "per_entry":
                 snapshot.entries[name] = torch.zeros(layout.size)

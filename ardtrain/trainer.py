@@ -6,8 +6,9 @@ Letters: N numbers of the arena, G grains of a step.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from ardtrain.ranks import named_seed
 from ardtrain.resize import LiveArena, ResizeRecord
 
 LOSS_SCALE_MIN = 2.0  # of fp16; 1 means no scaling and stays
+DIGEST_CHUNK = 1 << 22  # numbers
 MAX_REPEATS = 64  # of one step, to find an exponent or a loss scale; each lowers one of them
 
 
@@ -62,6 +64,42 @@ class Ablation(Protocol):
     def scores(self, layout: ArenaLayout, weights: Tensor) -> AblationResult: ...
 
 
+class Interrupted(Exception):
+    """A stop request found between the rounds of a long step, evaluation or ablation; raised on every process."""
+
+    def __init__(self, flag: int) -> None:
+        self.flag = flag
+
+
+@dataclass
+class StopPoll:
+    """Asks all processes for stop requests about every `seconds` between rounds of grains.
+
+    After which rounds they ask must be the same on every process: it follows from the mean time of a round, which
+    travels with each step's exact sum. Where a step is shorter than `seconds` this costs nothing but that number.
+    """
+
+    world: World
+    seconds: float
+    every: int = 1  # rounds; nothing is known before the first step
+    rounds: int = 0
+
+    def learn(self, total: StepSum, num_rounds: int) -> None:
+        """Takes the step's mean time of a round."""
+        mean = total.milliseconds / 1000 / self.world.world_size / max(1, num_rounds)
+        self.every = max(1, int(self.seconds / max(mean, 1e-3)))
+
+    def __call__(self, own_flag: Callable[[], int]) -> None:
+        """Counts a round. All processes must call this equally often. Raises Interrupted."""
+        self.rounds += 1
+        if self.rounds % self.every:
+            return
+        flag = torch.tensor([own_flag()], dtype=torch.int64, device=self.world.device)
+        self.world.add_integers(flag)
+        if int(flag):
+            raise Interrupted(int(flag))
+
+
 @dataclass(frozen=True)
 class LoopSettings:
     """What the loop takes from the config. Steps are optimizer steps."""
@@ -79,6 +117,8 @@ class LoopSettings:
     eval_on_start: bool
     eval_steps: int | None
     save_steps: int | None
+    stop_poll_seconds: float = 30.0
+    check_every: int | None = None
 
 
 @dataclass
@@ -86,7 +126,9 @@ class LoopState:
     """What the loop carries from step to step beside the arena; a checkpoint stores every field.
 
     step: next optimizer step; exponent: of the exact sum; loss_scale: power of two, 1 unless fp16;
-    good_steps: since the scale last changed; skipped: void steps in a row; events: resizes so far.
+    good_steps: since the scale last changed; skipped: void steps in a row; events: resizes so far; evaluated: steps
+    done at the last evaluation; pending_plan: the last step's plan was interrupted and is still to be made;
+    allocator_steps: the run's length that the method's schedule goes by.
     """
 
     step: int = 0
@@ -97,13 +139,26 @@ class LoopState:
     events: int = 0
     tokens_seen: int = 0
     best_loss: float | None = None
+    evaluated: int = -1
+    pending_plan: bool = False
+    allocator_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of the allocator after step `step`: scores [R] before it, what it did, numbers to log."""
+
+    step: int
+    record: ResizeRecord
+    scores: Tensor | None
+    notes: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One step's numbers, alike on every process.
 
-    num_targets: terms of the loss; num_tokens: without padding; notes: what the allocator wants logged.
+    num_targets: terms of the loss; num_tokens: without padding.
     """
 
     step: int
@@ -114,10 +169,18 @@ class StepResult:
     num_targets: int
     num_tokens: int
     void: bool
-    record: ResizeRecord | None = None
-    scores: Tensor | None = None
-    notes: Mapping[str, float] = field(default_factory=dict)
     stop_flag: int = 0
+    event: Event | None = None
+
+    @property
+    def record(self) -> ResizeRecord | None:
+        """What the allocator did after this step, if anything."""
+        return self.event.record if self.event is not None else None
+
+    @property
+    def scores(self) -> Tensor | None:
+        """[R] the scores it decided by."""
+        return self.event.scores if self.event is not None else None
 
 
 @dataclass
@@ -125,9 +188,11 @@ class Hooks:
     """What happens around steps; effects that the loop itself does not know. Every process calls every hook."""
 
     on_step: Callable[[StepResult], None] = lambda result: None
+    on_event: Callable[[Event], None] = lambda event: None
     on_evaluate: Callable[[int, HeldOut], None] = lambda step, held_out: None
     save: Callable[[str], None] = lambda reason: None
     stop_flag: Callable[[], int] = lambda: 0
+    alive: Callable[[], None] = lambda: None  # something was done: for the watchdog
 
 
 @dataclass
@@ -149,24 +214,69 @@ class Trainer:
     hooks: Hooks = field(default_factory=Hooks)
     loss_sum: LossSum = loss_sum
 
+    def __post_init__(self) -> None:
+        self.poll = StopPoll(self.world, self.settings.stop_poll_seconds)
+
     def fit(self) -> int:
         """Trains to the last step or to a stop request; returns the stop flag (0: finished). All must call this."""
         self.backbone.module.train()
-        total = self.settings.total_steps
-        if self.settings.eval_on_start and self.state.step == 0 and self.eval_data is not None:
-            self.hooks.on_evaluate(0, self.evaluate())
-        while self.state.step < total:
+        try:
+            return self._fit()
+        except Interrupted as stop:  # the work since the last boundary is dropped, and done again after the resume
+            self.backbone.release()
+            self.backbone.module.train()
+            self.hooks.save("stop")
+            return stop.flag
+
+    def _fit(self) -> int:
+        total, state = self.settings.total_steps, self.state
+        if state.pending_plan:
+            self._allocate(state.step - 1)
+        self._evaluate_if_due()  # the one before the first step, or one that a stop interrupted
+        while state.step < total:
             result = self.train_step()
             self.hooks.on_step(result)
-            done = self.state.step
-            if self.eval_data is not None and (_due(done, self.settings.eval_steps) or done == total):
-                self.hooks.on_evaluate(done, self.evaluate())
+            self.hooks.alive()
+            if not state.pending_plan:
+                self._evaluate_if_due()
+                self._check()
             if result.stop_flag:
                 self.hooks.save("stop")
                 return result.stop_flag
-            if _due(done, self.settings.save_steps) or done == total:
-                self.hooks.save("last" if done == total else "step")
+            if _due(state.step, self.settings.save_steps) or state.step == total:
+                self.hooks.save("last" if state.step == total else "step")
+                self.hooks.alive()
         return 0
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluates where the schedule says so and this step was not evaluated yet."""
+        done, s = self.state.step, self.settings
+        if self.eval_data is None or self.state.evaluated >= done:
+            return
+        if done == 0:
+            wanted = s.eval_on_start
+        else:
+            wanted = _due(done, s.eval_steps) or done == s.total_steps
+        if wanted:
+            result = self.evaluate()
+            self.state.evaluated = done
+            self.hooks.on_evaluate(done, result)
+            self.hooks.alive()
+
+    def _check(self) -> None:
+        """Compares what must be alike on all processes; RuntimeError names the processes and the thing that differs."""
+        if self.settings.check_every is None or self.state.step % self.settings.check_every:
+            return
+        for what, digest in self.digests().items():
+            self.world.agree(what, digest, step=self.state.step)
+
+    def digests(self) -> dict[str, str]:
+        """What must be alike on all processes: rank table, loop's counters, weights."""
+        return {
+            "rank table": self.arena.table.digest,
+            "loop state": repr(self.state),
+            "weights": tensor_digest(self.arena.engine.weights),
+        }
 
     def train_step(self) -> StepResult:
         """One optimizer step of the whole global batch. All processes must call this."""
@@ -197,7 +307,7 @@ class Trainer:
         del leaf, views
         before = None
         if s.score_at == "before_step":
-            before = Statistics(gradient.clone(), self.arena.engine.weights.clone(), gates)
+            before = Statistics(gradient.clone(), self.arena.engine.weights.clone())
         if s.max_grad_norm and norm > s.max_grad_norm:
             gradient.mul_(s.max_grad_norm / (norm + 1e-6))
         self._update(gradient, lr)
@@ -205,25 +315,30 @@ class Trainer:
             self.arena.age += 1
             if self.method.wants_held_out_gates(step):
                 gates = self._held_out_gates(step)
-            self.method.observe(step, before or Statistics(gradient, self.arena.engine.weights, gates))
+            seen = before or Statistics(gradient, self.arena.engine.weights)
+            self.method.observe(step, replace(seen, gates=gates))
             self.method.after_step(step)
-            scores, record, notes = self._allocate(step)
-        self.state.tokens_seen += num_tokens
-        counts = (num_targets, num_tokens)
-        return StepResult(step, loss, extra_loss, norm, lr, *counts, False, record, scores, notes, total.flag)
+            self.state.tokens_seen += num_tokens
+            result = StepResult(step, loss, extra_loss, norm, lr, num_targets, num_tokens, False, total.flag)
+            try:
+                return replace(result, event=self._allocate(step))
+            except Interrupted as stop:  # the step stands, its plan is made after the resume
+                return replace(result, stop_flag=stop.flag)
 
     def _update(self, gradient: Tensor, lr: float) -> None:
-        """AdamW's step; LoRA+ (arXiv 2402.12354) then lengthens that of B, `lora_plus_ratio` times A's."""
+        """AdamW's step; with LoRA+ (arXiv 2402.12354) that of B is `lora_plus_ratio` times the others'."""
         engine, ratio = self.arena.engine, self.settings.lora_plus_ratio
         before = engine.weights.clone() if ratio != 1.0 else None
-        engine.step(gradient, lr=lr)
+        longest = max(ratio, 1.0)  # AdamW's step is linear in the rate: shortening it loses no bits, lengthening does
+        engine.step(gradient, lr=lr * longest)
         if before is None:
             return
         weights = engine.weights.clone()
-        for block in self.arena.layout.blocks:
-            if block.part == "lora_B":
+        for block in self.arena.layout.all_blocks:
+            share = (ratio if block.part == "lora_B" else 1.0) / longest
+            if share != 1.0:
                 old, new = block.of(before), block.of(weights)
-                new.copy_(old + (new - old) * ratio)
+                new.copy_(old + (new - old) * share)
         engine.set_weights(weights)
 
     def _sum_of_grains(self, step: int) -> tuple[StepSum, Tensor, dict[str, dict[str, Tensor]]]:
@@ -239,13 +354,18 @@ class Trainer:
         for _ in range(MAX_REPEATS):
             numbers = sum(t.numel() for t in leaves)
             total = ExactSum(numbers, len(grains), exponent=self.state.exponent, device=self.world.device)
-            for index, counted in deal(len(grains), self.world.world_size, self.world.global_rank):
+            dealt = deal(len(grains), self.world.world_size, self.world.global_rank)
+            start = time.perf_counter()
+            for index, counted in dealt:
                 batch = self.data.collate(grains[index])
                 loss, pieces = self._grain(step, index, batch, leaves)
                 if counted:
                     counts = {"tokens": batch.num_target_tokens, "processed": batch.num_tokens}
                     total.add(index, loss=loss, gradient=pieces, **counts)
-            result = total.reduce(self.world, flag=self.hooks.stop_flag())
+                self.between()
+            spent = int(1000 * (time.perf_counter() - start))
+            result = total.reduce(self.world, flag=self.hooks.stop_flag(), milliseconds=spent)
+            self.poll.learn(result, len(dealt))
             scale_can_fall = self.state.loss_scale > LOSS_SCALE_MIN and all(map(math.isfinite, result.losses))
             if not result.finite and scale_can_fall:
                 self.state.loss_scale, self.state.good_steps = self.state.loss_scale / 2, 0
@@ -255,6 +375,11 @@ class Trainer:
             if valid:
                 return result, leaf, views
         raise RuntimeError(f"step {step}: no exponent made the gradient's sum valid in {MAX_REPEATS} tries")
+
+    def between(self) -> None:
+        """After a round of grains: the process lives; a stop may be due. Raises Interrupted."""
+        self.hooks.alive()
+        self.poll(self.hooks.stop_flag)
 
     def _bind(self, step: int) -> tuple[Tensor, Tensor | None, dict[str, dict[str, Tensor]]]:
         """Fresh leaves of the weights [N] and of the method's gates, handed to the adapters; and the views."""
@@ -274,10 +399,10 @@ class Trainer:
         return loss.detach(), list(gradients)
 
     def _held_out_gates(self, step: int) -> Tensor:
-        """dL/dgate of one held-out grain, the next one each time, in eval mode (ARD-LoRA's alternation)."""
+        """dL/dgate of one held-out grain, drawn by (seed, step), in eval mode (ARD-LoRA's alternation)."""
         assert self.allocation_data is not None
         grains = self.allocation_data.grains()
-        grain = grains[step % len(grains)]
+        grain = grains[named_seed("held out", self.settings.seed, step) % len(grains)]
         _, gates, _ = self._bind(step)
         assert gates is not None
         self.backbone.module.eval()
@@ -295,21 +420,26 @@ class Trainer:
         gradient.add_(own)
         return extra.detach()
 
-    def _allocate(self, step: int) -> tuple[Tensor | None, ResizeRecord | None, Mapping[str, float]]:
-        """Scores, the plan and its resize, if this step has one; and what is to be logged of it."""
+    def _allocate(self, step: int) -> Event | None:
+        """Scores, the plan and its resize, if this step has one."""
+        self.state.pending_plan = False
         if not self.method.due(step):
-            return None, None, {}
+            return None
+        self.state.pending_plan = True
         scores, notes = self._scores(step)
+        self.state.pending_plan = False
         plan = self.method.plan(step, scores)
         if plan is None:
-            return scores, None, notes
+            return None
         drop_views(self.adapters)
         with self.clock.section("resize"):
             record = self.arena.apply(plan, step=step)
         if plan.again:
-            return scores, None, notes
+            return None
         self.state.events += 1
-        return scores, record, notes
+        event = Event(step, record, scores, notes)
+        self.hooks.on_event(event)
+        return event
 
     def _scores(self, step: int) -> tuple[Tensor | None, Mapping[str, float]]:
         """[R] float64 on the host, gathered, or by ablation; and numbers to log."""
@@ -318,7 +448,6 @@ class Trainer:
         assert self.ablation is not None
         with self.clock.section("ablation"):
             result = self.ablation.scores(self.arena.layout, self.arena.engine.weights)
-        self.backbone.module.train()
         return result.relative, result.notes
 
     def _good_step(self) -> None:
@@ -339,11 +468,10 @@ class Trainer:
                 f"{self.settings.max_skipped_steps} allows no more void steps in a row. Look at those samples, lower "
                 "learning_rate, or raise max_skipped_steps"
             )
+        last = step == self.settings.total_steps - 1  # AdaLoRA's last step removes what is masked, void or not
+        event = self._allocate(step) if last else None
         counts = (sum(total.tokens), sum(total.processed))
-        record = None
-        if step == self.settings.total_steps - 1:  # AdaLoRA's last step removes what is masked, void or not
-            _, record, _ = self._allocate(step)
-        return StepResult(step, loss, 0.0, math.nan, lr, *counts, True, record, stop_flag=total.flag)
+        return StepResult(step, loss, 0.0, math.nan, lr, *counts, True, total.flag, event)
 
     def _refuse_untouched(self, gradient: Tensor) -> None:
         """At the first step every adapter must have received a gradient.
@@ -371,9 +499,23 @@ class Trainer:
                     world=self.world,
                     mask_dtype=self.settings.compute_dtype,
                     loss_sum=self.loss_sum,
+                    between=self.between,
                 )
             drop_views(self.adapters)
         return result
+
+
+def tensor_digest(values: Tensor) -> str:
+    """A number that follows every bit of a float32 tensor and its place, at the speed of memory; -0.0 counts as 0.0.
+
+    It finds accidents, not intent: sums of the bits times odd numbers, modulo 2^64.
+    """
+    total = 0
+    for start in range(0, values.numel(), DIGEST_CHUNK):
+        bits = (values[start : start + DIGEST_CHUNK] + 0.0).view(torch.int32).to(torch.int64)
+        places = torch.arange(start, start + len(bits), device=bits.device, dtype=torch.int64)
+        total += int((bits * (places * 0x9E3779B1 * 2 + 1)).sum())
+    return f"{total & (2**64 - 1):016x}"
 
 
 def _due(done: int, interval: int | None) -> bool:

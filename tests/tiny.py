@@ -4,6 +4,7 @@ All of it is a function of its arguments: no global random numbers are used or c
 """
 
 import functools
+import hashlib
 import os
 import socket
 from dataclasses import replace
@@ -303,7 +304,9 @@ def tiny_trainer(
     if start:
         arena.start(table, first)
     model.train()
-    return Trainer(settings, world, engine, adapters, arena, method, data or TokenBatches())
+    trainer = Trainer(settings, world, engine, adapters, arena, method, data or TokenBatches())
+    trainer.first_table = table
+    return trainer
 
 
 def sites_of(*shapes):
@@ -332,3 +335,11 @@ def random_plan(table, generator):
         born = int(generator.integers(0, min(3, site.max_rank - len(kept)) + 1))
         changes[index] = SiteChange(tuple(kept), born)
     return RankPlan(table.digest, changes)
+
+
+def weights_digest(snapshot):
+    """sha256 over table, master, moments and per-entry arrays of a snapshot; -0.0 counts as 0.0."""
+    digest = hashlib.sha256(snapshot.table.digest.encode())
+    for tensor in (snapshot.full.master, snapshot.full.exp_avg, snapshot.full.exp_avg_sq, *snapshot.entries.values()):
+        digest.update((tensor + 0.0).numpy().tobytes())
+    return digest.hexdigest()

@@ -175,6 +175,8 @@ class AloraBlock(Block):
     """Components judged in one forward pass; bits depend on it, memory grows with it."""
     shortlist: float | None = Field(default=None, gt=0, le=1)
     """Score only this share exactly, the lowest by a first-order estimate (not the paper's method); None: all."""
+    prefix_cache: bool = True
+    """Start each ablation at its own decoder layer; false for models that run a layer twice or out of order."""
 
 
 class ArdLoraBlock(Block):
@@ -318,8 +320,24 @@ class RunConfig(Block):
     save_total_limit: int | None = Field(default=None, ge=1)
     resume_from_checkpoint: str | None = None
     """auto, or a checkpoint's path."""
+    init_from: str | None = None
+    """Folder of a PEFT adapter (LoRA or AdaLoRA) to start from: its weights and ranks, no moments."""
+    zero_checkpoint: Literal["last", "all", "off"] = "last"
+    """When DeepSpeed's own checkpoint of the trained numbers is written beside ours: with the last and at stops."""
+    allow_pickle: bool = False
+    """Resume from DeepSpeed's own files where ours are missing; they are pickles and can run code."""
     preemption_signal: Annotated[tuple[SIGNALS, ...], BeforeValidator(_tuple_of)] = ("SIGUSR1", "SIGTERM")
     """Signals that save and stop at the end of the step."""
+    stop_poll_seconds: float = Field(default=30.0, gt=0)
+    """A stop request waits at most about so long for a step, an evaluation or an ablation round to end."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """Save and stop after so long, as on a signal; counted from the start of the process."""
+    watchdog_seconds: float | None = Field(default=1800.0, gt=0)
+    """A process without progress for so long prints the stacks of its threads and ends with exit code 86."""
+    collective_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Time limit of a collective operation; the first waits for the slowest process's loading."""
+    check_every: int | None = Field(default=100, ge=1)
+    """Steps between two comparisons of ranks, weights and counters over all processes; null: none."""
     log_scores: bool | None = None
     """Mean scores of each site at each event; None: below 2,000 sites."""
     score_at: Literal["after_step", "before_step"] = "after_step"
@@ -378,6 +396,11 @@ class RunConfig(Block):
             errors.append("ard_lora.budget=false stands beside ard_lora.target_r; remove one")
         if block.r_max is not None and block.r_max < self.r:
             errors.append(f"ard_lora.r_max={block.r_max} lies below the first rank, r={self.r}; raise it")
+        if block.tie == "head" and block.mlp_heads > 1:
+            errors.append(
+                f"ard_lora.tie=head stands beside ard_lora.mlp_heads={block.mlp_heads}, whose pseudo-heads are "
+                "no attention heads; choose another tie, or mlp_heads=1"
+            )
         if block.meta_interval and self.data.allocation_file is None and self.data.eval_file is None:
             errors.append(
                 f"ard_lora.meta_interval={block.meta_interval} needs held-out rows; set data.allocation_file or "
@@ -413,6 +436,11 @@ class RunConfig(Block):
         if self.warmup_steps and self.warmup_ratio:
             errors.append(
                 f"warmup_ratio={self.warmup_ratio} stands beside warmup_steps={self.warmup_steps}; remove one"
+            )
+        if self.init_from is not None and self.method not in ("lora", "elalora", "adalora", "alora"):
+            errors.append(
+                f"init_from={self.init_from} starts whole matrices and does not fit method={self.method}; use lora, "
+                "elalora, adalora or alora"
             )
         for name in ("eval_steps", "eval_on_start"):
             if getattr(self, name) and self.data.eval_file is None:

@@ -135,6 +135,9 @@ class AdaLora(FixedRank):
         # Nothing to mask until tinit, nor ever where target_r is the first rank: there PEFT's kthvalue(k=0) fails.
         return event and self.num_masked(step) > 0
 
+    def adapt_end(self) -> int:
+        return self.settings.total_steps - self.settings.tfinal
+
     def local_scores(self, step: int) -> Tensor | None:
         """None once the mask is fixed: it needs none."""
         if self._masked:

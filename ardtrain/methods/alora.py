@@ -53,6 +53,10 @@ class Alora(Lora):
         since = step + 1 - s.k1
         return since >= 0 and since % s.k2 == 0 and since // s.k2 < s.rounds and step + 1 < s.total_steps
 
+    def adapt_end(self) -> int:
+        s = self.settings
+        return min(s.total_steps, s.k1 + s.k2 * (s.rounds - 1) + 1)
+
     def plan(self, step: int, scores: Tensor | None) -> RankPlan | None:
         """The round after this step.
 

@@ -265,6 +265,9 @@ class ArdLora(FixedRank):
             return not self.frozen  # later than planned where that step was void
         return s.init_warmup <= step < self.freeze_step and (step - s.init_warmup) % s.resize_interval == 0
 
+    def adapt_end(self) -> int:
+        return self.freeze_step + 1
+
     @property
     def freeze_step(self) -> int:
         """The last step with alphas."""
@@ -354,7 +357,7 @@ class ArdLora(FixedRank):
         return changes
 
     def _all_open(self) -> bool:
-        return not self._slots.shared and all(c == u.r0 for c, u in zip(self._slots.capacity, self.units, strict=True))
+        return all(c == u.r0 for c, u in zip(self._slots.capacity, self.units, strict=True))
 
     def _hard_mask(self) -> Tensor:
         """[G] 0 or 1 after the freeze where heads share components: a head keeps the rank it had at the freeze."""

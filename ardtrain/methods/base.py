@@ -134,6 +134,10 @@ class Method(Protocol):
         """Is `plan` to be asked after this step?"""
         ...
 
+    def adapt_end(self) -> int:
+        """Steps done from which on ranks stay."""
+        ...
+
     def local_scores(self, step: int) -> Tensor | None:
         """[R] float64: scores of this shard's components, zero elsewhere; the loop adds them over the processes."""
         ...
@@ -175,6 +179,9 @@ class FixedRank:
 
     def due(self, step: int) -> bool:
         return False
+
+    def adapt_end(self) -> int:
+        return 0
 
     def local_scores(self, step: int) -> Tensor | None:
         return None

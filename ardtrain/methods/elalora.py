@@ -116,6 +116,9 @@ class ElaLora(FixedRank):
     def due(self, step: int) -> bool:
         return self.amount(step) > 0
 
+    def adapt_end(self) -> int:
+        return self.settings.total_steps - self.settings.final_warmup
+
     def local_scores(self, step: int) -> Tensor | None:
         state, table = self.binding.state, self.binding.table
         return component_scores(self.binding.shard, state["mean"], state["spread"], table.total)

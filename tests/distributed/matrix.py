@@ -2,8 +2,8 @@
 
 python -m tests.distributed.matrix CASES.json OUT.json [cpu|cuda]
 
-A case: family (what may change bits: dtype, dropout, packing, grains), and what may not: ZeRO stages, offload,
-checkpointing, where the run is cut and resumed. Every case trains ElaLoRA for 60 steps with at least 10 resizes.
+A case: family (what may change bits: method, dtype, dropout, packing, grains), and what may not: ZeRO stages, offload,
+checkpointing, where the run is cut and resumed. Every case trains for 60 steps; ElaLoRA's with at least 10 resizes.
 """
 
 import json
@@ -16,26 +16,53 @@ from pathlib import Path
 import torch
 
 from ardtrain import checkpoint
+from ardtrain.ablation import AblationScorer
 from ardtrain.collectives import World
 from ardtrain.engines import start_deepspeed
-from ardtrain.run import weights_digest
+from ardtrain.methods.adalora import AdaLora, AdaLoraSettings
+from ardtrain.methods.alora import Alora, AloraSettings
+from ardtrain.methods.dora import Dora
+from ardtrain.methods.lora import Lora
 from ardtrain.trainer import LoopState
 from tests.tiny import (
     HeldOutBatches,
     TokenBatches,
     adapter_config,
+    ard_lora,
     backbone_config,
     elalora,
     tiny_llama,
     tiny_trainer,
+    weights_digest,
 )
 
+PLAIN = {"dtype": "float32", "dropout": 0.0, "packed": False, "num_grains": 5}
 FAMILIES = {
     "fp32": {"dtype": "float32", "dropout": 0.1, "packed": False, "num_grains": 12},
     "packed": {"dtype": "float32", "dropout": 0.0, "packed": True, "num_grains": 6},
     "bf16": {"dtype": "bfloat16", "dropout": 0.1, "packed": True, "num_grains": 6},
+    "lora": PLAIN | {"method": lambda: Lora(), "lora_plus_ratio": 4.0},
+    "dora": PLAIN | {"method": lambda: Dora(), "form": "dora", "dropout": 0.1},
+    "adalora": PLAIN | {"method": lambda: AdaLora(ADALORA), "r": 6},
+    "alora": PLAIN | {"method": lambda: Alora(ALORA)},
+    "own_a": PLAIN | {"method": lambda: ard_lora(), "form": "own_a", "r": 2},
+    "shared_a": PLAIN | {"method": lambda: ard_lora(meta_interval=2, tie="head"), "form": "shared_a", "r": 2},
 }
+METHOD_FAMILIES = ("lora", "dora", "adalora", "alora", "own_a", "shared_a")
 STEPS = 60
+ADALORA = AdaLoraSettings(
+    total_steps=STEPS,
+    target_r=4,
+    tinit=5,
+    tfinal=20,
+    deltaT=5,
+    beta1=0.85,
+    beta2=0.85,
+    orth_reg_weight=0.5,
+    reg_orth_form="mean_norm",
+    compact="end",
+)
+ALORA = AloraSettings(total_steps=STEPS, k1=10, k2=8, rounds=4, n_a=6, prune_only_harmful=False, revive=False)
 IDENTITY = checkpoint.Identity("tiny", "tokens", {})
 
 
@@ -56,11 +83,15 @@ def build(case, world):
     model = tiny_llama(dtype=dtype)
     if case.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    make = family.get("method", lambda: elalora(init_warmup=4, final_warmup=8, mask_interval=4, b=6, k=2))
     trainer = tiny_trainer(
-        elalora(init_warmup=4, final_warmup=8, mask_interval=4, b=6, k=2),
+        make(),
         world=world,
         model=model,
         data=TokenBatches(num_grains=family["num_grains"], packed=family["packed"]),
+        r=family.get("r", 4),
+        form=family.get("form", "plain"),
+        lora_plus_ratio=family.get("lora_plus_ratio", 1.0),
         dropout=family["dropout"],
         backbone=backbone,
         adapter=adapter,
@@ -69,24 +100,33 @@ def build(case, world):
         total_steps=STEPS,
     )
     trainer.eval_data = HeldOutBatches(seed=1, num_grains=5)
+    trainer.allocation_data = HeldOutBatches(seed=2, num_grains=3)
+    if trainer.method.needs.ablation:
+        trainer.ablation = AblationScorer(
+            trainer.backbone.module,
+            trainer.adapters,
+            trainer.allocation_data,
+            world=world,
+            mask_dtype=dtype,
+            release=trainer.backbone.release,
+            between=trainer.between,
+        )
     return trainer
 
 
 def resume(trainer, path):
     """Fills the trainer from a checkpoint."""
     method = trainer.method
-    sites = tuple(case_sites(trainer))
-    kinds = method.state_tensors()
-    loaded = checkpoint.load(path, sites=sites, parts=method.entries, kinds=kinds, identity=IDENTITY)
+    loaded = checkpoint.load(
+        path,
+        sites=trainer.first_table.sites,
+        parts=method.entries,
+        kinds=method.state_tensors(),
+        identity=IDENTITY,
+        dense=trainer.arena.dense,
+    )
     trainer.arena.build(loaded.snapshot, loaded.layout)
     trainer.state = LoopState(**loaded.loop)
-
-
-def case_sites(trainer):
-    """The sites of the trainer's model, in base order."""
-    from ardtrain.ranks import Site
-
-    return [Site(name, name, a.in_features, a.out_features, scaling=a.scaling) for name, a in trainer.adapters.items()]
 
 
 def run_case(case, world):

@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ardtrain import checkpoint
-from ardtrain.run import weights_digest
-from tests.tiny import elalora, tiny_llama, tiny_trainer
+from tests.tiny import elalora, tiny_llama, tiny_trainer, weights_digest
 
 IDENTITY = checkpoint.Identity("tiny_llama(layers=1)", "TokenBatches()", {})
 HERE = Path(__file__).parent

@@ -345,3 +345,150 @@ def test_named_configs_are_found_beside_the_installed_package(tmp_path, monkeypa
     assert text.deepspeed_folder() == package / "ds_configs"
     (package / "ds_configs").rmdir()
     assert text.deepspeed_folder() == Path(tmp_path / "ds_configs")
+
+
+# ---- method full: one engine, the whole file ----
+
+
+def full_plan(deepspeed=None, **settings):
+    return plan_of(deepspeed, method="full", **settings)
+
+
+def full_refused(deepspeed, **settings):
+    return refused(deepspeed, method="full", **settings)
+
+
+def test_full_without_a_json_is_zero_1():
+    plan = full_plan(per_device_train_batch_size=3, global_batch_size=15, max_grad_norm=0.5, trainable_numbers=640)
+    assert plan.full == {
+        "train_batch_size": 18,  # DeepSpeed's rule: 3 x 3 rounds x 2 processes; of 6 grains dealt one is a repeat
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 640},
+    }
+    assert (plan.backbone, plan.adapter) == ({}, {})
+    assert (plan.backbone_stage, plan.compute_dtype, plan.optimizer_offload, plan.notes) == (1, "fp32", False, [])
+    assert plan_of().full is None
+
+
+def test_full_takes_the_whole_json():
+    source = {
+        **zero(
+            3,
+            stage3_prefetch_bucket_size=5,
+            stage3_max_live_parameters="auto",
+            reduce_bucket_size=7,
+            offload_param={"device": "nvme", "nvme_path": "/local/nvme", "buffer_count": 4},
+            offload_optimizer={"device": "cpu", "pin_memory": True, "buffer_count": 4},
+        ),
+        "aio": {"queue_depth": 8},
+        "wall_clock_breakdown": True,
+        "fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": "auto"},
+    }
+    plan = full_plan(source, trainable_numbers=640, global_batch_size=2)
+    assert plan.full == {
+        "train_batch_size": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_prefetch_bucket_size": 5,
+            "reduce_bucket_size": 7,
+            "offload_param": {"device": "nvme", "nvme_path": "/local/nvme", "buffer_count": 4},
+            "offload_optimizer": {"device": "cpu", "pin_memory": True, "buffer_count": 4},
+        },
+        "aio": {"queue_depth": 8},
+        "wall_clock_breakdown": True,
+        "fp16": {"enabled": True, "initial_scale_power": 12},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    assert (plan.backbone_stage, plan.compute_dtype, plan.optimizer_offload) == (3, "fp16", True)
+    assert not any("no effect" in note or "passed on" in note for note in plan.notes)
+    assert "zero_force_ds_cpu_optimizer" not in full_plan(source, offload_optimizer_kernel="cpu_adam").full
+
+
+def test_full_takes_over_the_run_and_splits_alike_before_and_after():
+    config = config_of(FULL_JSON | {"fp16": {"hysteresis": 3}}, method="full")
+    once = with_deepspeed(config)
+    assert (once.learning_rate, once.bf16, once.max_grad_norm) == (3e-4, True, 0.5)
+    assert once.deepspeed == {"zero_optimization": {"stage": 3}, "fp16": {"hysteresis": 3}}
+    assert with_deepspeed(once) == once
+    plan = split_deepspeed(once, world_size=2)
+    assert plan.full == split_deepspeed(config, world_size=2).full
+    assert plan.full["train_batch_size"] == 32 and plan.full["gradient_accumulation_steps"] == 4
+    assert plan.full["bf16"] == {"enabled": True} and "fp16" not in plan.full
+    assert not {"optimizer", "scheduler"} & set(plan.full)
+
+
+def test_full_adds_bf16_gradients_in_float32_unless_told_otherwise():
+    several = {"bf16": True, "global_batch_size": 4}
+    plan = full_plan(**several)
+    assert plan.full["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert plan.notes == ["gradients of a step's grains are added in float32 (data_types.grad_accum_dtype)"]
+    assert "data_types" not in full_plan(bf16=True, global_batch_size=2).full  # one grain a process: nothing to add
+    assert "data_types" not in full_plan(global_batch_size=4).full
+    own = full_plan({"data_types": {"grad_accum_dtype": "bf16"}}, **several)
+    assert own.full["data_types"] == {"grad_accum_dtype": "bf16"} and own.notes == []
+
+
+def test_full_stage_0_is_1_and_says_so():
+    plan = full_plan(zero(0))
+    assert plan.full["zero_optimization"]["stage"] == plan.backbone_stage == 1
+    assert [note.split(":")[0] for note in plan.notes] == ["zero_optimization.stage 0 means 1 for method=full"]
+    assert full_plan(zero(2)).full["zero_optimization"]["stage"] == 2
+    assert full_plan(zero(2)).notes == []  # adapter_zero_stage is of no concern
+
+
+def test_full_allows_nvme_at_stage_3_and_says_what_it_costs():
+    nvme = {"device": "nvme", "nvme_path": "/local/nvme"}
+    plan = full_plan(zero(3, offload_optimizer=nvme, offload_param=nvme))
+    assert plan.full["zero_optimization"]["offload_optimizer"] == nvme
+    assert [note.split(":")[0] for note in plan.notes] == ["offload_optimizer to NVMe"]
+    name = "deepspeed.zero_optimization.offload_optimizer"
+    (line,) = full_refused(zero(2, offload_optimizer=nvme))
+    assert line == f"{name}.device=nvme needs zero_optimization.stage 3 (it is 2); set it, or write cpu"
+    (line,) = full_refused(zero(3, offload_optimizer={"device": "nvme"}))
+    assert line.startswith(f"{name}.nvme_path=None names no folder")
+    none = full_plan(zero(3, offload_param={"device": "none"}, offload_optimizer={"device": "none"}))
+    assert none.full["zero_optimization"] == {"stage": 3} and not none.optimizer_offload
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (zero(4), "deepspeed.zero_optimization.stage=4 is no ZeRO stage; write 1, 2 or 3"),
+        (zero(1, compute_grad_norm=False), "deepspeed.zero_optimization.compute_grad_norm=False: a step that is not"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "deepspeed.bf16.check_grad_overflow=False: a step"),
+        ({"managed_gradient_accumulation": False}, "deepspeed.managed_gradient_accumulation=False: the loop sets"),
+        ({"sequence_parallel_size": 2}, "deepspeed.sequence_parallel_size=2: all processes are data-parallel; remove"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "deepspeed.tensor_parallel.autotp_size=2: all processes are data-"),
+        ({"torch_autocast": {"enabled": True}}, "deepspeed.torch_autocast.enabled=True: held-out loss would be"),
+        ({"gradient_predivide_factor": 2.0}, "deepspeed.gradient_predivide_factor=2.0: sums would hang on the stage"),
+        (zero(1, cpu_offload=True), "deepspeed.zero_optimization.cpu_offload is an old name"),
+        (
+            zero(1, offload_param={"device": "cpu"}),
+            "deepspeed.zero_optimization.offload_param.device=cpu needs zero_op",
+        ),
+        (zero(3, offload_optimizer={"device": "disk"}), "deepspeed.zero_optimization.offload_optimizer.device=disk is"),
+        (
+            zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+            "deepspeed.zero_optimization.offload_optimizer.ratio=0.5 needs offload_optimizer_kernel=cpu_adam; set it",
+        ),
+    ],
+)
+def test_full_refuses_what_breaks_its_promises(source, line):
+    lines = full_refused(source)
+    assert len(lines) == 1
+    assert lines[0].startswith(line), lines
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "zero3_nvme"])
+def test_named_configs_serve_full_as_well(name):
+    plan = full_plan(name)
+    stage = int(name.removeprefix("zero")[0])
+    assert plan.full["zero_optimization"]["stage"] == plan.backbone_stage == max(1, stage)
+    assert (
+        plan.optimizer_offload == ("offload_optimizer" in plan.full["zero_optimization"]) == (name == "zero3_offload")
+    )

@@ -44,7 +44,7 @@ def summed(grains, dealing, exponent=START_EXPONENT, flags=None):
         for index in own:
             loss, gradient = grains[index]
             total.add(index, loss=loss, gradient=gradient, tokens=10 + index)
-        total._buffer[total._head - 1] = flags[process] if flags else 0
+        total._buffer[total._head - 2] = flags[process] if flags else 0
         sums.append(total)
     return sums[0].reduce(FakeWorld(sums[1:]) if sums[1:] else ALONE, flag=flags[0] if flags else 0)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ardtrain import checkpoint
-from ardtrain.run import weights_digest
 from ardtrain.trainer import LoopState
 from tests.goldens.make_checkpoint import IDENTITY, golden_trainer
+from tests.tiny import weights_digest
 
 FOLDERS = sorted((Path(__file__).parents[1] / "goldens").glob("checkpoint-v*"))
 

@@ -1,0 +1,287 @@
+"""A run with adapters: the frozen backbone, the arena, the method; its checkpoints and its PEFT folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ardtrain import checkpoint, export, preflight, zero_checkpoint
+from ardtrain.ablation import AblationScorer
+from ardtrain.adapters import AdapterLinear, DenseLinear, Form, attach, attach_dense, bind_arena, first_dense
+from ardtrain.arena import ArenaLayout
+from ardtrain.backbones import DTYPES, head_linears
+from ardtrain.collectives import World
+from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
+from ardtrain.engines import BackboneEngine
+from ardtrain.environment import ProcessIdentity
+from ardtrain.faults import StopCode, Watchdog
+from ardtrain.methods.base import Method
+from ardtrain.preflight import Prepared
+from ardtrain.report import draw_ranks
+from ardtrain.resize import LiveArena
+from ardtrain.schedule import LOSS_SCALE_START
+from ardtrain.session import Session, logger, loop_state
+from ardtrain.trainer import LoopState, Trainer, tensor_digest
+
+LOGITS_CHECK_BYTES = 4 << 30  # the exported adapter is run through PEFT where the base is no larger than this
+
+
+class AdapterRun(Session):
+    """Parts in the order in which they are built: method, checkpoint, arena, backbone, trainer."""
+
+    def __init__(
+        self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path, watchdog: Watchdog
+    ) -> None:
+        super().__init__(prepared, world, identity, run_dir, watchdog)
+        config, shape = self.config, prepared.shape
+        self.writer = checkpoint.Writer(
+            run_dir, global_rank=world.global_rank, world_size=world.world_size, limit=config.save_total_limit
+        )
+        self.method = self._make_method(self.data.num_steps)
+        layout = ArenaLayout(shape.table, self.method.entries, shape.dense)
+        if world.is_main:
+            checkpoint.check_writable(run_dir, checkpoint.state_bytes(layout, self.method.state_tensors()))
+        self.resumed = self._find_checkpoint()
+        self.state = self._first_state()
+        self.begin(self.state.step, is_new=self.resumed is None)
+        self.arena = LiveArena(
+            self.method,
+            world=world,
+            engine_config=prepared.plan.adapter,
+            adam=self.adam(),
+            seed=config.seed,
+            dense=shape.dense,
+        )
+        self._build_backbone()
+        self.trainer = self._build_trainer()
+
+    def _make_method(self, total_steps: int) -> Method:
+        per_epoch = preflight.steps_per_epoch(self.config, self.data)
+        shape = self.prepared.shape
+        return preflight.make_method(self.config, shape, total_steps=total_steps, steps_per_epoch=per_epoch)
+
+    def _find_checkpoint(self) -> checkpoint.Loaded | None:
+        """The newest intact checkpoint: process 0 finds and verifies it, the others take the same one."""
+        shape, resume_from = self.prepared.shape, self.config.resume_from_checkpoint
+        known: dict[str, Any] = {
+            "sites": shape.table.sites,
+            "parts": self.method.entries,
+            "kinds": self.method.state_tensors(),
+            "identity": self.identity,
+            "dense": shape.dense,
+        }
+        if resume_from is not None and zero_checkpoint.holds_zero(Path(resume_from)):
+            return zero_checkpoint.load(Path(resume_from), allow_pickle=self.config.allow_pickle, **known)
+        loaded = None
+        if self.world.is_main:
+            loaded, notes = checkpoint.load_newest(self.run_dir, resume_from, **known)
+            for note in notes:
+                logger.warning(note)
+        chosen = self.world.broadcast_text("" if loaded is None else str(loaded.path))
+        if chosen and loaded is None:
+            loaded = checkpoint.load(Path(chosen), **known)
+        return loaded
+
+    def _first_state(self) -> LoopState:
+        """The loop's state, and the method for the length that its allocator has.
+
+        A run that is made longer or shorter while ranks still adapt gets the schedule of its new length; afterwards
+        its ranks stay as they are.
+        """
+        total = self.data.num_steps
+        if self.resumed is None:
+            fp16 = self.prepared.plan.compute_dtype == "fp16"
+            return LoopState(loss_scale=LOSS_SCALE_START if fp16 else 1.0, allocator_steps=total)
+        state = loop_state(self.resumed.loop)
+        before = state.allocator_steps or total
+        if before != total:
+            earlier = self._make_method(before)
+            if state.step >= earlier.adapt_end():
+                self.method = earlier
+                logger.warning("the run has %d steps now, not %d; ranks had settled and stay", total, before)
+            else:
+                state.allocator_steps = total
+                logger.warning("the run has %d steps now, not %d; the allocator's schedule follows", total, before)
+        return state
+
+    def _build_backbone(self) -> None:
+        config, plan, shape = self.config, self.prepared.plan, self.prepared.shape
+        model = self.load_base()
+        if config.gradient_checkpointing:  # non-reentrant: the views are no arguments of the checkpointed function
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        sites = shape.table.sites
+        dropout = {s.tower: adapter_settings(config, s.tower).lora_dropout for s in sites}
+        form: Form = "plain"
+        if config.method == "dora":
+            form = "dora"
+        elif config.method == "ard_lora":
+            form = (config.ard_lora or ArdLoraBlock()).layout
+        self.adapters: dict[str, AdapterLinear | DenseLinear] = {
+            **attach(model, sites, dropout=dropout, form=form, heads=shape.heads)
+        }
+        if shape.labels:
+            self.adapters |= attach_dense(model, list(head_linears(model)))
+        self.first_dense = first_dense(self.adapters)
+        self.backbone = BackboneEngine(model, stage=plan.backbone_stage, config=plan.backbone, device=self.world.device)
+
+    def _build_trainer(self) -> Trainer:
+        if self.resumed is None:
+            self.arena.start(self.prepared.shape.table, self.first_dense, self.prepared.shape.rows)
+        else:
+            self.arena.build(self.resumed.snapshot, self.resumed.layout)
+        parts = (self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data)
+        trainer = Trainer(self.loop_settings(), self.world, *parts, self.allocation_data, state=self.state)
+        if self.method.needs.ablation:
+            trainer.ablation = self._make_ablation(trainer)
+        return trainer
+
+    def _make_ablation(self, trainer: Trainer) -> AblationScorer:
+        assert self.allocation_data is not None
+        block = self.config.alora or AloraBlock()
+        return AblationScorer(
+            self.backbone.module,
+            self.adapters,
+            self.allocation_data,
+            world=self.world,
+            mask_dtype=DTYPES[self.prepared.plan.compute_dtype],
+            release=self.backbone.release,
+            ablations_per_forward=block.ablations_per_forward,
+            shortlist=block.shortlist,
+            prefix_cache=block.prefix_cache,
+            between=trainer.between,
+        )
+
+    def announce(self) -> None:
+        super().announce()
+        if self.resumed is None:
+            self.records.start(self.arena.table)
+            return
+        self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")
+        for change in self.resumed.changes:
+            logger.warning("since the checkpoint: %s", change)
+
+    def save(self, reason: str) -> None:
+        """All capture and agree, then each process writes its part in the background; the loop waits for the copy."""
+        step = self.trainer.state.step
+        with self.trainer.clock.section("checkpoint"):
+            self._tell_problems(self.writer.wait(self.watchdog.touch))  # of the last save
+            attempt = self.world.broadcast_text(self.writer.prepare(step) if self.world.is_main else "")
+            snapshot = self.arena.capture()
+            full = snapshot.full
+            for name, tensor in (("weights", full.master), ("moments", full.exp_avg), ("moments", full.exp_avg_sq)):
+                self.world.agree(name, tensor_digest(tensor), step=step)
+            layout, gates = self.arena.layout, self.method.gates(step)
+            master = full.master
+            self.writer.start(
+                attempt,
+                snapshot,
+                layout,
+                step=step,
+                loop=asdict(self.trainer.state),
+                identity=self.identity,
+                write_adapter=lambda folder: self._write_adapter(folder, master, layout, gates),
+                is_best=self.best_step == step,
+            )
+            wanted = self.config.zero_checkpoint
+            if wanted == "all" or (wanted == "last" and reason in ("last", "stop")):
+                self._save_zero(step, snapshot)
+
+    def _save_zero(self, step: int, snapshot: Any) -> None:
+        """DeepSpeed's own checkpoint beside ours, once ours stands; synchronous. All processes must call this."""
+        self._tell_problems(self.writer.wait(self.watchdog.touch))
+        start = time.perf_counter()
+        folder = self.run_dir / f"{checkpoint.PREFIX}{step}"
+        stands = self.world.broadcast_text("yes" if self.world.is_main and folder.is_dir() else "")
+        if not stands:
+            return
+        loop = asdict(self.trainer.state)
+        state = zero_checkpoint.client_state(snapshot, loop=loop, identity=self.identity)
+        size = zero_checkpoint.save(folder, self.arena.engine, state, self.world)
+        if self.world.is_main:
+            seconds = time.perf_counter() - start
+            logger.info("DeepSpeed's checkpoint: %.1f MiB in %.2f s, the loop waited", size / 2**20, seconds)
+
+    def _tell_problems(self, problems: str | None) -> None:
+        if problems:
+            logger.error(problems)
+
+    def _write_adapter(
+        self, folder: Path, master: torch.Tensor, layout: ArenaLayout, gates: torch.Tensor | None
+    ) -> None:
+        config = export.peft_config(
+            layout,
+            base_model=self.config.model_name_or_path,
+            revision=self.config.revision,
+            lora_dropout=self.config.lora_dropout,
+            task_type="SEQ_CLS" if self.prepared.shape.labels else "CAUSAL_LM",
+        )
+        export.write_peft(folder, master, layout, config, heads=self.prepared.shape.heads, gates=gates)
+
+    def end(self, code: StopCode) -> None:
+        problems = self.writer.wait(self.watchdog.touch)
+        self._tell_problems(problems)
+        if code is not StopCode.NONE:
+            step = self.trainer.state.step
+            saved = self.writer.saved is not None and self.writer.saved.name == f"{checkpoint.PREFIX}{step}"
+            lost = (
+                "" if saved or not self.world.is_main else f"stopped at step {step}, and it was not saved: {problems}"
+            )
+            self.fail_together(lost)
+            self.finish(code, "")
+            return
+        difference = self._export_final()
+        if self.method.needs.ranks and self.trainer.state.events == 0:
+            logger.warning(
+                "no rank moved in this run: %s made no plan that changed one. Its schedule may have had no event, "
+                "scores may never have told components apart, or every site may be at its smallest or largest rank",
+                self.config.method,
+            )
+        picture = self.run_dir / "ranks.png"
+        if self.world.is_main:
+            draw_ranks(self.run_dir / "ranks.jsonl", picture)
+        check = "base too large to run through PEFT" if difference is None else f"PEFT's logits: {difference:.1e} off"
+        self.finish(code, f"adapter: {self.run_dir / 'adapter'} ({check})\nranks: {picture}")
+
+    def _export_final(self) -> float | None:
+        """The final adapter, complete and compared with PEFT's reading before it gets its name; all must call this.
+
+        Returns:
+            The largest logit difference to PEFT's, or None where the base is too large to load once more.
+        """
+        model: Any = self.backbone.module.eval()
+        ids = torch.arange(1, 33, device=self.world.device).remainder(model.get_input_embeddings().num_embeddings)[None]
+        gates = self.method.gates(self.trainer.state.step)
+        on_device = None if gates is None else gates.to(self.world.device)
+        bind_arena(self.adapters, self.arena.layout, self.arena.engine.weights, on_device)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits.cpu()
+        difference, problem = None, ""
+        if self.world.is_main:
+            try:
+                difference = self._export_and_compare(ids.cpu(), logits, gates)
+            except RuntimeError as error:
+                problem = str(error)
+        self.fail_together(problem)
+        return difference
+
+    def _export_and_compare(self, ids: torch.Tensor, logits: torch.Tensor, gates: torch.Tensor | None) -> float | None:
+        building, final = self.run_dir / ".adapter.tmp", self.run_dir / "adapter"
+        checkpoint.remove_folder(building)
+        self._write_adapter(building, self.arena.engine.weights.cpu(), self.arena.layout, gates)
+        dtype = self.prepared.plan.compute_dtype
+        difference = None
+        if self.prepared.shape.num_base * DTYPES[dtype].itemsize <= LOGITS_CHECK_BYTES:
+            difference = export.compare_with_peft(building, self.load_base(), ids, logits)
+            limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
+            if not difference <= limit:
+                raise RuntimeError(
+                    f"the exported adapter gives logits {difference:.2e} away from training's (limit {limit:.2e}); it "
+                    f"was left in {building} and not published"
+                )
+        checkpoint.remove_folder(final)
+        building.rename(final)
+        return difference

@@ -1,0 +1,149 @@
+"""A run that trains every weight: the whole model under one ZeRO engine, its checkpoints and its folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ardtrain import checkpoint
+from ardtrain.arena import ArenaLayout
+from ardtrain.checkpoint import saving
+from ardtrain.collectives import World
+from ardtrain.config import ConfigError
+from ardtrain.engines import FullEngine, FullState
+from ardtrain.environment import ProcessIdentity
+from ardtrain.faults import StopCode, Watchdog
+from ardtrain.full import FullTrainer, write_model
+from ardtrain.preflight import Prepared
+from ardtrain.ranks import RankTable
+from ardtrain.resize import Snapshot
+from ardtrain.session import Session, logger, loop_state
+from ardtrain.trainer import LoopState
+
+ENGINE_FOLDER = "deepspeed"
+NO_PARTS: Any = lambda site: {}  # noqa: E731 - there are no sites
+
+
+class FullRun(Session):
+    """Checkpoints are the engine's own (masters and moments of the whole model) beside our manifest, synchronous."""
+
+    def __init__(
+        self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path, watchdog: Watchdog
+    ) -> None:
+        super().__init__(prepared, world, identity, run_dir, watchdog)
+        config, plan = self.config, prepared.plan
+        assert plan.full is not None
+        if world.is_main:
+            checkpoint.check_writable(run_dir)
+        loaded = self._find_checkpoint()
+        self.resumed = loaded
+        state = LoopState() if loaded is None else loop_state(loaded.loop)
+        self.begin(state.step, is_new=loaded is None)
+        model = self.load_base()
+        model.requires_grad_(True)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = model
+        self.engine = FullEngine(model, config=plan.full, adam=self.adam(), device=world.device)
+        if loaded is not None:
+            self.engine.load(loaded.path, ENGINE_FOLDER)
+        self.trainer = FullTrainer(
+            self.loop_settings(), world, self.engine, data=self.data, eval_data=self.eval_data, state=state
+        )
+
+    def _find_checkpoint(self) -> checkpoint.Loaded | None:
+        """The newest intact checkpoint; its engine's files are pickles, so the config must allow them."""
+        resume_from = self.config.resume_from_checkpoint
+        known: dict[str, Any] = {"sites": (), "parts": NO_PARTS, "kinds": {}, "identity": self.identity}
+        loaded = None
+        if self.world.is_main:
+            loaded, notes = checkpoint.load_newest(self.run_dir, resume_from, **known)
+            for note in notes:
+                logger.warning(note)
+        chosen = self.world.broadcast_text("" if loaded is None else str(loaded.path))
+        if chosen and not self.config.allow_pickle:
+            raise ConfigError(
+                [
+                    f"resume_from_checkpoint={resume_from}: {chosen} of method=full is DeepSpeed's own format, pickles "
+                    "that can run code; set allow_pickle=true if you trust it"
+                ]
+            )
+        if chosen and loaded is None:
+            loaded = checkpoint.load(Path(chosen), **known)
+        return loaded
+
+    def announce(self) -> None:
+        super().announce()
+        if self.resumed is not None:
+            self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")
+            for change in self.resumed.changes:
+                logger.warning("since the checkpoint: %s", change)
+
+    def save(self, reason: str) -> None:
+        """All processes write their part of the engine's checkpoint, then process 0 seals it."""
+        step = self.trainer.state.step
+        with self.trainer.clock.section("checkpoint"):
+            building, problem = self.world.broadcast_text(self._new_attempt(step)), ""
+            if not building:
+                return
+            try:
+                self.engine.save(Path(building), ENGINE_FOLDER)
+            except OSError as error:
+                problem = saving.reason(error)
+            self.world.barrier("engine's checkpoint written")
+            if self.world.is_main:
+                self._seal(Path(building), step, problem)
+            self.world.barrier("checkpoint sealed")
+
+    def _new_attempt(self, step: int) -> str:
+        if not self.world.is_main:
+            return ""
+        try:
+            return str(saving.new_attempt(self.run_dir, step))
+        except OSError as error:
+            logger.error("checkpoint-%d was not saved: %s; the run goes on", step, saving.reason(error))
+            return ""
+
+    def _seal(self, building: Path, step: int, problem: str) -> None:
+        """Manifest, name and pointers; a failure is told and the run goes on."""
+        table = RankTable.start((), ())
+        nothing = torch.zeros(0)
+        snapshot = Snapshot(table, FullState(nothing, nothing, nothing, step), nothing.long())
+        loop = asdict(self.trainer.state)
+        content = saving.Content(snapshot, ArenaLayout(table, NO_PARTS), step, loop, self.identity, lambda folder: None)
+        try:
+            if problem:
+                raise OSError(problem)
+            saving.finish(
+                self.run_dir,
+                building,
+                content,
+                {},
+                world_size=self.world.world_size,
+                is_best=self.best_step == step,
+                limit=self.config.save_total_limit,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            shutil.rmtree(building, ignore_errors=True)
+            logger.error("checkpoint-%d was not saved: %s; the run goes on", step, saving.reason(error))
+
+    def end(self, code: StopCode) -> None:
+        final = self.run_dir / "model"
+        if code is StopCode.NONE:
+            weights = self.engine.full_state_dict()
+            problem = ""
+            if self.world.is_main:
+                building = self.run_dir / ".model.tmp"
+                try:
+                    checkpoint.remove_folder(building)
+                    write_model(building, self.model, weights, self.tokenizer)
+                    checkpoint.remove_folder(final)
+                    building.rename(final)
+                except OSError as error:
+                    problem = f"the model was not written: {saving.reason(error)}"
+            self.fail_together(problem)
+        self.finish(code, f"model: {final}")

@@ -1,0 +1,254 @@
+"""What every kind of run shares: data, identity, records, stop requests, saves, status. The kinds: adapters, full."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import PreTrainedModel
+
+from ardtrain import __version__, checkpoint, preflight
+from ardtrain.backbones import DTYPES, init_head, load_model
+from ardtrain.collectives import World
+from ardtrain.config import RunConfig, dump_config, num_warmup_steps
+from ardtrain.engines import AdamSettings, remove_stale_locks, start_deepspeed
+from ardtrain.environment import ProcessIdentity
+from ardtrain.evaluation import HeldOut
+from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, replace_file, write_status
+from ardtrain.fingerprint import fingerprint, hub_weight_files
+from ardtrain.observe import RunLog
+from ardtrain.preflight import Prepared
+from ardtrain.records import Records
+from ardtrain.trainer import Hooks, LoopSettings, LoopState, Trainer
+
+SIGNAL_FLAG = 1 << 20  # stop requests travel as a sum: STOP file 1, a signal SIGNAL_FLAG, over all processes
+STARTED = time.monotonic()  # of this process, near enough: max_hours counts from here
+
+# Settings that a resume may change; all others make it another run.
+CHANGEABLE = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_steps", "num_train_epochs"),
+    *("eval_steps", "eval_on_start", "max_eval_samples", "per_device_eval_batch_size", "logging_steps", "save_steps"),
+    *("save_total_limit", "max_skipped_steps", "gradient_checkpointing", "attn_implementation", "check_every"),
+)
+# Settings that say where and how, not what: a resume need not even tell them. (The data have a fingerprint.)
+_ELSEWHERE = (
+    *("schema_version", "model_name_or_path", "revision", "trust_remote_code", "tokenizer_name_or_path", "data"),
+    *("output_dir", "gradient_accumulation_steps", "adapter_zero_stage", "deepspeed", "resume_from_checkpoint"),
+    *("init_from", "zero_checkpoint", "allow_pickle", "preemption_signal", "stop_poll_seconds", "max_hours"),
+    *("watchdog_seconds", "collective_timeout_seconds", "log_scores", "chat_template", "bf16", "fp16"),
+)
+
+logger = logging.getLogger("ardtrain")
+
+
+class Session:
+    """One run on this process: built in order, then `execute`. Subclasses build the trainer, save and export."""
+
+    trainer: Trainer
+
+    def __init__(
+        self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path, watchdog: Watchdog
+    ) -> None:
+        """All processes must call this."""
+        self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, run_dir
+        self.watchdog = watchdog
+        self.best_step = -1  # of the best evaluation; `best` names the checkpoint of the same step, if there is one
+        config, shape = self.config, prepared.shape
+        if identity.local_rank == 0:
+            for lock in remove_stale_locks(_extensions_folder()):
+                logger.warning("removed %s, left by a compile that was killed", lock)
+        world.barrier("ops may be built")
+        start_deepspeed(world.device)
+        self.tokenizer = preflight.tokenizer_of(config)
+        if identity.local_rank == 0:
+            preflight.open_data(config, self.tokenizer, shape.labels)
+        world.barrier("rows tokenised")
+        self.data, self.eval_data = preflight.open_data(config, self.tokenizer, shape.labels)
+        self.allocation_data = preflight.open_allocation_data(config, self.tokenizer, shape.labels)
+        self.identity = run_identity(prepared, self.data.fingerprint)
+        world.agree("config, model or data", _digest(dump_config(config), shape, self.identity), step=0)
+        if world.is_main:
+            for note in checkpoint.clean(run_dir):
+                logger.warning(note)
+
+    def begin(self, step: int, *, is_new: bool) -> None:
+        """Says on disk that the run has started."""
+        if self.world.is_main:
+            write_status(self.run_dir, "started", step)
+            if is_new:
+                replace_file(self.run_dir / "config.yaml", dump_config(self.config))
+
+    def load_base(self) -> PreTrainedModel:
+        """The base as transformers loads it; a new classifier head is a function of the run's seed."""
+        labels = self.prepared.shape.labels
+        model = load_model(
+            preflight.model_source(self.config),
+            compute_dtype=self.prepared.plan.compute_dtype,
+            num_labels=len(labels) or None,
+            label_names=labels or None,
+            pad_token_id=self.data.pad_token_id if labels else None,
+        )
+        if labels:
+            init_head(model, self.config.seed)
+        return model
+
+    def loop_settings(self) -> LoopSettings:
+        """What the loop takes from the config."""
+        config = self.config
+        return LoopSettings(
+            seed=config.seed,
+            total_steps=self.data.num_steps,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=num_warmup_steps(config, self.data.num_steps),
+            max_grad_norm=config.max_grad_norm,
+            max_skipped_steps=config.max_skipped_steps,
+            score_at=config.score_at,
+            compute_dtype=DTYPES[self.prepared.plan.compute_dtype],
+            lora_plus_ratio=config.optimizer.lora_plus_ratio,
+            eval_on_start=config.eval_on_start,
+            eval_steps=config.eval_steps,
+            save_steps=config.save_steps,
+            stop_poll_seconds=config.stop_poll_seconds,
+            check_every=config.check_every,
+        )
+
+    def execute(self) -> None:
+        """Trains, saves, exports. All processes must call this."""
+        trainer = self.trainer
+        with (
+            RunLog(
+                self.run_dir,
+                is_main=self.world.is_main,
+                num_steps=self.data.num_steps,
+                first_step=trainer.state.step,
+            ) as self.log,
+            StopRequest(
+                self.run_dir, reads_file=self.world.is_main, signals=self.config.preemption_signal
+            ) as self.stop_request,
+        ):
+            self.records = Records(self.run_dir, self.log, trainer, self.config)
+            self.announce()
+            trainer.hooks = Hooks(
+                on_step=self.records.step,
+                on_event=self.records.event,
+                on_evaluate=self._on_evaluate,
+                save=self.save,
+                stop_flag=self._stop_flag,
+                alive=self.watchdog.touch,
+            )
+            flag = trainer.fit()
+            code = StopCode.SIGNAL if flag >= SIGNAL_FLAG else StopCode.FILE if flag else StopCode.NONE
+            self.end(code)
+
+    def announce(self) -> None:
+        """What a run begins with, on the console."""
+        plan = self.prepared.plan
+        self.log.say(
+            preflight.summary(self.config, self.prepared.shape, self.data, self.prepared.notes)
+            + f"\nprocesses: {self.world.world_size} on {self.world.device.type}, base ZeRO-{plan.backbone_stage}, "
+            f"compute {plan.compute_dtype}"
+        )
+
+    def _stop_flag(self) -> int:
+        """This process's part of the sum of stop requests; the time limit is process 0's and counts as a signal."""
+        limit = self.config.max_hours
+        out_of_time = limit is not None and self.world.is_main and time.monotonic() - STARTED > limit * 3600
+        code = self.stop_request.requested()
+        return SIGNAL_FLAG if code is StopCode.SIGNAL or out_of_time else int(code)
+
+    def _on_evaluate(self, step: int, held_out: HeldOut) -> None:
+        self.records.evaluation(step, held_out)
+        best = self.trainer.state.best_loss
+        if best is None or held_out.loss < best:
+            self.trainer.state.best_loss, self.best_step = held_out.loss, step
+
+    def save(self, reason: str) -> None:
+        """A checkpoint at this step boundary. All processes must call this."""
+        raise NotImplementedError
+
+    def end(self, code: StopCode) -> None:
+        """What follows the last step or a stop. All processes must call this."""
+        raise NotImplementedError
+
+    def finish(self, code: StopCode, text: str) -> None:
+        """The last lines and the status, after everything else stands."""
+        step = self.trainer.state.step
+        self.stop_request.carried_out()
+        if not self.world.is_main:
+            return
+        if code is not StopCode.NONE:
+            text = f"stopped at step {step} on request; with resume_from_checkpoint=auto the same command goes on"
+        self.log.say(text)
+        write_status(self.run_dir, STATE_AFTER[code], step, best_loss=self.trainer.state.best_loss)
+
+    def fail_together(self, problem: str) -> None:
+        """Raises process 0's problem on every process, "" for none. All processes must call this."""
+        problem = self.world.broadcast_text(problem)
+        if problem:
+            self._raise(problem)
+
+    def _raise(self, problem: str) -> NoReturn:
+        raise RuntimeError(problem)
+
+    def adam(self) -> AdamSettings:
+        """AdamW's numbers."""
+        o = self.config.optimizer
+        return AdamSettings(o.betas, o.eps, o.weight_decay, self.config.offload_optimizer_kernel)
+
+
+def run_identity(prepared: Prepared, data_fingerprint: str) -> checkpoint.Identity:
+    """What a checkpoint of this run belongs to."""
+    config = prepared.config
+    values = config.model_dump(mode="json")
+    changeable = {name: values[name] for name in CHANGEABLE}
+    settings = {n: v for n, v in values.items() if n not in CHANGEABLE and n not in _ELSEWHERE and v is not None}
+    settings["compute_dtype"] = prepared.plan.compute_dtype
+    return checkpoint.Identity(
+        backbone=prepared.shape.backbone_fingerprint,
+        data=data_fingerprint,
+        versions=_versions(),
+        weights=_weights(config),
+        method=config.method,
+        settings=settings,
+        changeable=changeable,
+    )
+
+
+def _weights(config: RunConfig) -> dict[str, str]:
+    """The base's weight files, sampled; empty where they cannot be found ahead of loading."""
+    try:
+        return fingerprint(hub_weight_files(config.model_name_or_path, config.revision))
+    except (OSError, ValueError) as error:
+        logger.warning("the base's weight files are not fingerprinted: %s", error)
+        return {}
+
+
+def loop_state(stored: dict[str, Any]) -> LoopState:
+    """The loop's state from a checkpoint; what an older one lacks has its default."""
+    known = LoopState.__dataclass_fields__
+    return LoopState(**{name: value for name, value in stored.items() if name in known})
+
+
+def _extensions_folder() -> Path:
+    """Where torch builds DeepSpeed's ops at first use."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _versions() -> dict[str, str]:
+    others = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+    return {"ardtrain": __version__, **others}  # a checkout need not be installed
+
+
+def _digest(config_text: str, shape: preflight.Shape, identity: checkpoint.Identity) -> str:
+    own = json.dumps(identity.to_json(), sort_keys=True)
+    text = "\n".join([config_text, shape.table.digest, own])
+    return hashlib.sha256(text.encode()).hexdigest()
