@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+from safetensors.torch import load_file
+
 from tests.tiny import save_tiny_llama
 
 
@@ -48,6 +50,17 @@ def fingerprint(run_dir):
         "losses": {m["step"]: m["loss"].hex() for m in metrics if "loss" in m},
         "held_out": {m["step"]: m["eval_loss"].hex() for m in metrics if "eval_loss" in m},
         "tables": [m["digest"] for m in lines(run_dir / "ranks.jsonl")],
-        "weights": hashlib.sha256((last / "state" / "arena.safetensors").read_bytes()).hexdigest(),
+        "weights": state_digest(last),
         "adapter": hashlib.sha256((run_dir / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
     }
+
+
+def state_digest(checkpoint):
+    """sha256 over a checkpoint's tensors by name, however they are dealt over its files."""
+    tensors = {}
+    for path in sorted((checkpoint / "state").glob("*.safetensors")):
+        tensors |= load_file(path)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()

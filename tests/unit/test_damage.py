@@ -228,7 +228,7 @@ def files_with(edit):
 
 
 def renamed(name):
-    """The trainer's entry under another name; the files are where that name leads."""
+    """A file's entry under another name; behind some of the names a file is found."""
 
     def edit(files):
         files[name] = files["adapter/adapter_config.json"]
@@ -384,9 +384,9 @@ def first(header, **changed):
     return header | {name: header[name] | changed}
 
 
-def another_name(header):
-    name, entry = next(iter(header.items()))
-    return {("x" + n if n == name else n): e for n, e in header.items()}
+def another_name(header, prefix="x"):
+    name = next(iter(header))
+    return {(prefix + n if n == name else n): e for n, e in header.items()}
 
 
 HEADERS = {
@@ -412,9 +412,7 @@ HEADERS = {
     "offsets that overlap": header_with(lambda h: {n: e | {"data_offsets": [0, 32]} for n, e in h.items()}),
     "a hole": header_with(lambda h: {n: e for i, (n, e) in enumerate(h.items()) if i != 1}),
     "another name": header_with(another_name),
-    "a name that is a path": header_with(
-        lambda h: {("../" + n if i == 0 else n): e for i, (n, e) in enumerate(h.items())}
-    ),
+    "a name that is a path": header_with(lambda h: another_name(h, "../")),
     "NaN in it": header_with(lambda h: b"\x0a" + bytes(7) + b'{"a": NaN}'),
     "a key twice": header_with(lambda h: b"\x11" + bytes(7) + b'{"a": 1, "a": 1 }'),
     "no data": header_with(lambda h: {}),

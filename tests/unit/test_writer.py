@@ -1,6 +1,5 @@
 """The background writer: many processes (threads here) write one checkpoint; whatever fails, a complete one is left."""
 
-import contextlib
 import errno
 import json
 import os
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import pytest
 import torch
@@ -233,7 +233,7 @@ def test_a_killed_process_costs_one_save_after_the_time_limit(standing):
     assert "checkpoint-20 was not saved: processes [2] did not write their parts within 0.4 s" in text
     assert writers[1].wait() is None  # its own part was right
     writers[2].start(attempt, snapshot, layout, **wanted)  # too late: the attempt is gone
-    assert "process 2: its part of checkpoint-20 was not written: No such file" in writers[2].wait()
+    assert writers[2].wait() == "process 2: its part of checkpoint-20 was not written: process 0 had given it up"
     assert_unharmed(standing)
 
 
@@ -259,12 +259,13 @@ def test_a_late_process_does_not_get_into_the_next_attempt(standing):
 
 
 def test_a_number_that_is_not_finite_is_not_written(standing):
-    for global_rank, (part, name) in enumerate([("lora_A", "s0.lora_A.master"), ("lora_B", "s3.lora_B.master")]):
+    for site, (part, name) in {0: ("lora_A", "s0.lora_A.master"), 3: ("lora_B", "s3.lora_B.master")}.items():
         snapshot, layout = random_snapshot()
-        layout.site_rows(snapshot.full.master, 3 * global_rank)[part][0, 0] = float("nan")
+        layout.site_rows(snapshot.full.master, site)[part][0, 0] = float("nan")
         texts = save_all(standing[0], snapshot, layout, step=20)
         assert f"step 20: {name} holds a number that is not finite; the checkpoint was not written" in texts[0]
-        assert (texts[1] is not None) == (global_rank == 1)
+        if site == 3:  # of the second part; an error of the first may end the save before the second begins
+            assert name in texts[1]
     assert_unharmed(standing)
 
 
@@ -404,7 +405,7 @@ def test_errors_of_two_saves_are_both_told(tmp_path):
 
 
 def test_the_save_survives_a_disk_that_is_full(tmp_path):
-    """The kernel's own ENOSPC, on a file system of 200 KiB, made in a namespace of the test's own where that is allowed."""
+    """The kernel's own ENOSPC, on a file system of 200 KiB in a namespace of the test's own, where that is allowed."""
     code = f"""
 import os, sys
 sys.path.insert(0, {os.getcwd()!r})
@@ -455,9 +456,12 @@ def in_a_child(action):
     pid = os.fork()
     if pid == 0:
         code = 99
-        with contextlib.suppress(BaseException):
-            code = action() or 0
-        os._exit(code)
+        try:
+            code = action()
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -514,7 +518,7 @@ class Crashing:
 
 
 def assert_survived(run_dir, snapshots):
-    """Every name is of something complete, `auto` finds the newest of what is there, and the next save works."""
+    """Every name is of something complete, and `auto` finds the newest of what is there."""
     checkpoint.clean(run_dir)
     assert not [name for name in names(run_dir) if name.startswith(".")]
     for name in names(run_dir):
@@ -525,17 +529,14 @@ def assert_survived(run_dir, snapshots):
     loaded, skipped = load_newest(run_dir)
     assert skipped == []
     assert any(equal_bits(loaded.snapshot.full.master, s.full.master) for s in snapshots)
-    last, layout = random_snapshot(seed=9)
-    assert save_all(run_dir, last, layout, step=40, limit=1) == [None, None]
-    assert_same(load_newest(run_dir)[0].snapshot, last)
     return loaded
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
+@pytest.mark.parametrize(("count", "again"), [(2, False), (1, True)], ids=["a new step", "the same step again"])
 def test_a_crash_at_any_moment_leaves_an_intact_checkpoint(tmp_path, count, again):
     before, layout = random_snapshot(seed=1)
     after, after_layout = random_snapshot(seed=2)
+    last, last_layout = random_snapshot(seed=9)
     (tmp_path / "start").mkdir()
     for step in (5, 10):
         save(tmp_path / "start", before, layout, step=step)
@@ -554,6 +555,9 @@ def test_a_crash_at_any_moment_leaves_an_intact_checkpoint(tmp_path, count, agai
         status = in_a_child(action)
         assert status in (0, CRASH)
         loaded = assert_survived(run_dir, [before, after])
+        if at % 8 == 0:  # the next save works
+            assert save_all(run_dir, last, last_layout, step=40, limit=1) == [None, None]
+            assert_same(load_newest(run_dir)[0].snapshot, last)
         took = equal_bits(loaded.snapshot.full.master, after.full.master)
         kept_old, took_new, moments = kept_old + (not took), took_new + took, moments + 1
         shutil.rmtree(run_dir)
@@ -581,7 +585,7 @@ def test_everything_is_on_the_disk_before_its_name_counts(tmp_path, monkeypatch)
     def seen_replace(source, target, **kwargs):
         order.append(("replace", os.path.basename(target)))
         if os.path.basename(target) == "checkpoint-20":
-            inside = [p for p in (source, *source.rglob("*"))]
+            inside = [source, *source.rglob("*")]
             assert len(inside) == 8  # itself, state, adapter, 2 parts, trainer.json, adapter_config.json, manifest.json
             assert all(synced[p.stat().st_ino] == p.stat().st_size or p.is_dir() for p in inside)
         replace(source, target, **kwargs)

@@ -1,0 +1,151 @@
+"""Runs that are stopped and go on elsewhere: every pair of world sizes, every method, in the middle of things."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import fingerprint, lines, write_run
+
+pytestmark = pytest.mark.launch
+ALL_PAIRS = (1, 2, 3, 4, 1, 3, 1, 4, 2, 4, 3, 2, 1)  # each ordered pair of 1 to 4 once
+METHODS = {
+    "elalora": {},
+    "adalora": {"r": 6, "adalora": {"target_r": 4, "tinit": 2, "tfinal": 8, "deltaT": 2}},
+    "alora": {"alora": {"k1_steps": 4, "k2_steps": 4, "rounds": 6, "n_a": 4, "val_batch": 8}},
+    "ard_lora": {"r": 2, "ard_lora": {"alpha_interval": 2, "resize_interval": 3, "lr_alpha": 0.3}},
+    "shared_a": {"r": 2, "ard_lora": {"layout": "shared_a", "alpha_interval": 2, "resize_interval": 3}},
+    "dora": {},
+    "lora": {"optimizer": {"lora_plus_ratio": 4}},
+}
+AUTO = ["resume_from_checkpoint=auto"]
+
+
+def config_of(folder, method, name, **changes):
+    """A run of 26 steps."""
+    kind = "ard_lora" if method == "shared_a" else method
+    own = METHODS[method] | ({} if method == "elalora" else {"elalora": None})
+    return write_run(folder, name, **({"method": kind, "max_steps": 26, "eval_steps": 5} | own | changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("survive")
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """All starts of this file in one process: {name of the run: its results}."""
+    starts, names = [], []
+
+    def add(name, config, world_size, overrides=(), **stop):
+        names.append(name)
+        starts.append({"config": str(config), "world_size": world_size, "overrides": list(overrides)} | stop)
+
+    for method in METHODS:
+        add(f"{method}-alone", config_of(folder, method, f"{method}-alone"), 1)
+    pairs = config_of(folder, "elalora", "pairs")
+    for number, size in enumerate(ALL_PAIRS):
+        stop = {"stop_after": 2} if number < len(ALL_PAIRS) - 1 else {}
+        zero = ["deepspeed=zero3_offload_param"] if number % 2 else []
+        add("pairs", pairs, size, AUTO + zero, **stop)
+    for method in METHODS:
+        cut = config_of(folder, method, f"{method}-cut", deepspeed="zero3" if method != "elalora" else None)
+        add(f"{method}-cut", cut, 2, AUTO, stop_after=9)
+        add(f"{method}-cut", cut, 3, AUTO, stop_after=4)
+        add(f"{method}-cut", cut, 1, AUTO)
+    fast = ["stop_poll_seconds=1e-6"]  # asks after every round
+    for name, method, stop in (
+        ("grain", "elalora", ("grain", 20)),
+        ("evaluation", "elalora", ("evaluation", 9)),
+        ("ablation", "alora", ("ablation", 7)),
+    ):
+        cut = config_of(folder, method, f"in-{name}")
+        add(f"in-{name}", cut, 2, AUTO + fast, stop_in=stop)
+        add(f"in-{name}", cut, 1, AUTO)
+    zero = config_of(folder, "elalora", "zero")
+    add("zero", zero, 3, AUTO, stop_after=9)
+    add("zero", zero, 2, [f"resume_from_checkpoint={folder / 'zero-alone'}"])
+    longer = config_of(folder, "elalora", "longer", max_steps=20)
+    add("longer", longer, 1, AUTO)
+    add("longer", longer, 2, [*AUTO, "max_steps=26", "learning_rate=1e-3"])
+    add("other", folder / "longer.yaml", 1, [*AUTO, "max_steps=26", "lora_alpha=3"])
+    add("first", config_of(folder, "lora", "first"), 1)
+    (folder / "starts.json").write_text(json.dumps(starts))
+    results = play(folder, starts, names)
+    out = {}
+    for name, result in zip(names, results, strict=True):
+        out.setdefault(name, []).append(result)
+    return out
+
+
+def play(folder, starts, names):
+    """Runs the starts; before the second one of `zero` only DeepSpeed's folder is left of its checkpoint."""
+    first = max(i for i, name in enumerate(names) if name == "zero")
+    results = []
+    for number, part in enumerate((starts[:first], starts[first:])):
+        if number == 1:
+            run = folder / "zero"
+            step = (run / "latest").read_text().strip()
+            shutil.move(run / step / "deepspeed", folder / "zero-alone")
+            shutil.rmtree(run / step)
+            (run / "latest").unlink()
+        asked, answered = folder / f"starts-{number}.json", folder / f"results-{number}.json"
+        asked.write_text(json.dumps(part))
+        command = [sys.executable, "-m", "tests.launch.starts", str(asked), str(answered)]
+        environment = os.environ | {"ARDTRAIN_CACHE": str(folder / "cache")}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+        assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+        results += json.loads(answered.read_text())
+    return results
+
+
+def ended_well(done, name):
+    for result in done[name]:
+        assert set(result["codes"]) == {0}, result["logs"]
+
+
+def test_every_pair_of_world_sizes_equals_the_unbroken_run(folder, done):
+    ended_well(done, "elalora-alone")
+    ended_well(done, "pairs")
+    assert len(done["pairs"]) == 13
+    assert fingerprint(folder / "pairs") == fingerprint(folder / "elalora-alone")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_cut_twice_on_other_world_sizes(folder, done, method):
+    ended_well(done, f"{method}-cut")
+    assert fingerprint(folder / f"{method}-cut") == fingerprint(folder / f"{method}-alone")
+
+
+@pytest.mark.parametrize("where", ["grain", "evaluation", "ablation"])
+def test_a_stop_in_the_middle_is_carried_out_there_and_done_again(folder, done, where):
+    ended_well(done, f"in-{where}")
+    alone = "alora-alone" if where == "ablation" else "elalora-alone"
+    assert fingerprint(folder / f"in-{where}") == fingerprint(folder / alone)
+
+
+def test_resume_from_deepspeeds_files_alone_on_another_world_size(folder, done):
+    ended_well(done, "zero")
+    whole, rest = fingerprint(folder / "elalora-alone"), fingerprint(folder / "zero")
+    assert rest["losses"] == {s: v for s, v in whole["losses"].items() if s in rest["losses"]}
+    assert rest["weights"] == whole["weights"] and rest["adapter"] == whole["adapter"]
+
+
+def test_a_longer_run_goes_on_at_fixed_ranks_and_says_what_changed(folder, done):
+    ended_well(done, "longer")
+    events = lines(folder / "longer" / "ranks.jsonl")
+    assert max(e["step"] for e in events) <= 16  # 20 steps, the last 4 of them without events
+    logs = done["longer"][1]["logs"]
+    assert "the run has 26 steps now, not 20; ranks had settled and stay" in logs
+    assert "learning_rate: the checkpoint has 0.005, this run 0.001" in logs
+
+
+def test_another_setting_is_refused_with_both_values(done):
+    (result,) = done["other"]
+    assert result["codes"] == [2]
+    assert "lora_alpha: the checkpoint has 8.0, this run 3.0" in result["logs"]
+    assert "Traceback" not in result["logs"]
