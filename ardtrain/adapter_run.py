@@ -27,6 +27,7 @@ from ardtrain.schedule import LOSS_SCALE_START
 from ardtrain.session import Session, logger, loop_state
 from ardtrain.trainer import LoopState, Trainer, tensor_digest
 
+EXPORT_SECONDS = 3600.0  # the watchdog's patience while the base is loaded once more
 LOGITS_CHECK_BYTES = 4 << 30  # the exported adapter is run through PEFT where the base is no larger than this
 
 
@@ -233,6 +234,7 @@ class AdapterRun(Session):
             self.fail_together(lost)
             self.finish(code, "")
             return
+        self.watchdog.touch(EXPORT_SECONDS)
         difference = self._export_final()
         if self.method.needs.ranks and self.trainer.state.events == 0:
             logger.warning(

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return verbs[verb](rest[0], rest[1:])
     except ConfigError as error:  # every process finds the same mistakes; one of them says so
         if os.environ.get("RANK", "0") == "0":
-            print(f"ardtrain {verb}: {len(error.errors)} mistake(s)\n{error}", file=sys.stderr)
+            text = f"ardtrain {verb}: {len(error.errors)} mistake(s)\n{error}"
+            print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a value may hold no valid text
         return 2
 
 

@@ -25,6 +25,7 @@ from ardtrain.session import Session, logger, loop_state
 from ardtrain.trainer import LoopState
 
 ENGINE_FOLDER = "deepspeed"
+EXPORT_SECONDS = 3600.0  # the watchdog's patience while the model is gathered and written
 NO_PARTS: Any = lambda site: {}  # noqa: E731 - there are no sites
 
 
@@ -133,6 +134,7 @@ class FullRun(Session):
 
     def end(self, code: StopCode) -> None:
         final = self.run_dir / "model"
+        self.watchdog.touch(EXPORT_SECONDS)
         if code is StopCode.NONE:
             weights = self.engine.full_state_dict()
             problem = ""

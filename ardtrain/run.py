@@ -23,6 +23,7 @@ from ardtrain.observe import start_logging
 from ardtrain.preflight import prepare
 from ardtrain.session import Session, logger
 
+LOADING_SECONDS = 4 * 3600.0  # the watchdog's patience before the first step: 70B from a slow disk takes its time
 OUT_OF_MEMORY = (
     "out of memory: lower per_device_train_batch_size (the grain) or max_length, set gradient_checkpointing=true, or "
     "shard and offload the base (deepspeed=zero3_offload); alora.ablations_per_forward multiplies its memory\n"
@@ -77,6 +78,7 @@ def train(path: str | Path, overrides: Sequence[str]) -> int:
     )
     watchdog = Watchdog(world.watchdog_store(), hosts_store=world.is_main, stall_seconds=config.watchdog_seconds)
     watchdog.start()
+    watchdog.touch(LOADING_SECONDS)
     end_logging = start_logging(run_dir, global_rank=identity.global_rank)
     run: Session | None = None
     try:

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+from ardtrain.adapters import attach, bind_arena
+from ardtrain.arena import ArenaLayout
+from ardtrain.backbones import find_sites
+from ardtrain.importing import place, read_adapter
+from ardtrain.methods.elalora import ElaLora
+from ardtrain.methods.lora import Lora
+from ardtrain.ranks import RankTable
+from ardtrain.resize import start_snapshot
+from tests.tiny import ELALORA, equal_bits, tiny_llama
+
+IDS = torch.arange(4, 40)[None]
+LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}
+
+
+def saved(folder, config):
+    """A PEFT adapter of random numbers in `folder`, and its logits."""
+    model = get_peft_model(tiny_llama(), config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0.0, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def ours(folder, method, diagonal):
+    """Logits of a run's start from the folder; ranks and first rows."""
+    model = tiny_llama()
+    sites, _ = find_sites(
+        model, target_modules="all-linear", exclude_modules=None, r=8, lora_alpha=16.0, tower_settings={}
+    )
+    sites, ranks, rows = place(read_adapter(folder), sites, source=str(folder), diagonal=diagonal)
+    table = RankTable.start(sites, ranks)
+    layout = ArenaLayout(table, method.entries)
+    snapshot = start_snapshot(table, layout, method.init, seed=0, rows=rows)
+    bind_arena(attach(model, sites, dropout={}), layout, snapshot.full.master)
+    with torch.no_grad():
+        return model(input_ids=IDS).logits, table, rows
+
+
+@pytest.mark.parametrize("method", [Lora(), ElaLora(ELALORA)], ids=["plain", "diagonal"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(**LORA),
+        LoraConfig(**LORA, **PATTERNS),
+        LoraConfig(**LORA, use_rslora=True),
+        AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], total_step=10),
+    ],
+    ids=["even", "patterns", "rslora", "adalora"],
+)
+def test_a_run_starts_as_the_adapter(tmp_path, config, method):
+    wanted = saved(tmp_path, config)
+    got, table, _ = ours(tmp_path, method, diagonal=isinstance(method, ElaLora))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-5)
+    ranks = {name.rpartition(".")[2]: r for name, r in table.by_name().items()}
+    assert ranks["q_proj"] == (2 if getattr(config, "rank_pattern", None) else 4)
+    assert ranks["down_proj"] == 4 and ranks["v_proj"] == 0
+
+
+def test_tensors_of_a_plain_adapter_stay_to_the_bit(tmp_path):
+    saved(tmp_path, LoraConfig(**LORA))
+    _, _, rows = ours(tmp_path, Lora(), diagonal=False)
+    original = read_adapter(tmp_path).rows
+    assert rows.keys() == original.keys()
+    for module, parts in rows.items():
+        assert all(equal_bits(parts[name], original[module][name]) for name in ("lora_A", "lora_B"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "is an adapter of type IA3; LORA and ADALORA can be continued"),
+        ({"use_dora": True}, "is DoRA"),
+        ({"modules_to_save": ["score"]}, "holds modules that were trained in full"),
+        ({"r": 5}, "has rank 4 and adapter_config.json says 5"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(tmp_path, change, message):
+    saved(tmp_path, LoraConfig(**LORA))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        read_adapter(tmp_path)
+
+
+def test_damaged_and_foreign_adapters_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no readable PEFT adapter"):
+        read_adapter(tmp_path / "nothing")
+    saved(tmp_path, LoraConfig(**LORA))
+    weights = tmp_path / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="no readable PEFT adapter"):
+        read_adapter(tmp_path)
+    weights.write_bytes(whole)
+    sites, _ = find_sites(
+        tiny_llama(), target_modules=["q_proj"], exclude_modules=None, r=4, lora_alpha=8.0, tower_settings={}
+    )
+    with pytest.raises(ValueError, match="which target_modules does not name; widen target_modules"):
+        place(read_adapter(tmp_path), sites, source="x", diagonal=False)
