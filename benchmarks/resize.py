@@ -25,7 +25,8 @@ def settings(total_steps, dtype):
     """The loop's settings; only dtype and length matter here."""
     return LoopSettings(
         seed=0, total_steps=total_steps, learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=0,
-        max_grad_norm=1.0, max_skipped_steps=0, score_at="after_step", compute_dtype=dtype, eval_on_start=False,
+        max_grad_norm=1.0, max_skipped_steps=0, score_at="after_step", compute_dtype=dtype, lora_plus_ratio=1.0,
+        eval_on_start=False,
         eval_steps=None, save_steps=None,
     )  # fmt: skip
 

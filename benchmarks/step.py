@@ -35,13 +35,14 @@ class FloatSum(ExactSum):
         self._sum = torch.zeros(numbers, device=device)
 
     def add(self, grain, *, gradient, **numbers):
-        super().add(grain, gradient=gradient[:0], **numbers)
-        self._sum += gradient
+        (whole,) = gradient if isinstance(gradient, list) else [gradient]
+        super().add(grain, gradient=whole[:0], **numbers)
+        self._sum += whole
 
-    def reduce(self, world, *, flag=0):
+    def reduce(self, world, **numbers):
         if world.world_size > 1:
             dist.all_reduce(self._sum)
-        head = super().reduce(world, flag=flag)
+        head = super().reduce(world, **numbers)
         return type(head)(**{**vars(head), "gradient": self._sum, "valid": True})
 
 

@@ -1,0 +1,145 @@
+"""One training step of each method beside plain LoRA's and, where PEFT has the method, beside PEFT's.
+
+python -m benchmarks.methods [--shape 256x8] [--blocks 7] [--out FILE]
+
+One process, the base whole (no ZeRO-3), float32, rank 8 on all linear layers (ARD-LoRA by head: the rank that gives as
+many numbers), 2 x 128 tokens. Adaptive methods stand where they have nothing to decide: ALoRA between two rounds,
+ElaLoRA and AdaLoRA in their averaging phase and in the final one, ARD-LoRA after its freeze. All variants take turns in
+blocks of steps within one start, so that the machine's moods fall on all alike.
+"""
+
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from ardtrain.methods.adalora import AdaLora, AdaLoraSettings
+from ardtrain.methods.alora import Alora, AloraSettings
+from ardtrain.methods.dora import Dora
+from ardtrain.methods.lora import Lora
+from benchmarks.common import SHAPES, described, join_world, machine, parser, random_llama, summary, timed, write
+from tests.tiny import TokenBatches, ard_lora, elalora, tiny_trainer
+
+LONG = 10**6
+ADALORA = AdaLoraSettings(LONG, 8, LONG // 2, 10, 1, 0.85, 0.85, 0.0, "mean_norm", "end")
+
+
+def alora():
+    """ALoRA whose first round is far away."""
+    return Alora(AloraSettings(LONG, k1=LONG // 2, k2=10, rounds=1, n_a=7, prune_only_harmful=False, revive=False))
+
+
+def ela(final_warmup):
+    """ElaLoRA without events: averaging (0) or in the final phase (nearly the whole run)."""
+    return elalora(
+        total_steps=LONG, init_warmup=LONG - 1 - final_warmup, final_warmup=final_warmup, mask_interval=1,
+        reg_orth_coef=0.0,
+    )  # fmt: skip
+
+
+OURS = {
+    "lora": (Lora, {}),
+    "lora_again": (Lora, {}),
+    "alora_idle": (alora, {}),
+    "elalora_averaging": (lambda: ela(0), {}),
+    "elalora_final": (lambda: ela(LONG - 1), {}),
+    "adalora_averaging": (lambda: AdaLora(ADALORA), {}),
+    "dora": (Dora, {"form": "dora"}),
+    "ard_frozen": (lambda: ard_lora(total_steps=LONG, init_warmup=0, final_warmup=LONG - 1), {"form": "own_a"}),
+}
+
+
+def ours(arguments, world, make, form, r):
+    """A trainer of one method over its own copy of the model."""
+    data = TokenBatches(num_grains=1, rows=2, length=128, vocab=SHAPES[arguments.shape][5])
+    model = random_llama(arguments.shape, dtype=torch.float32)
+    return tiny_trainer(make(), world=world, model=model, data=data, r=r, total_steps=LONG, warmup_steps=0, **form)
+
+
+def head_rank(arguments, world, wanted):
+    """The rank of ARD-LoRA's heads whose numbers come nearest to `wanted`."""
+    numbers = {}
+    for r in range(1, 9):
+        trainer = ours(arguments, world, *OURS["ard_frozen"], r)
+        numbers[r] = abs(trainer.arena.layout.num_trained - wanted)
+        trainer.arena.engine.destroy()
+    return min(numbers, key=numbers.get)
+
+
+def peft_step(arguments, **settings):
+    """A function that does one step of PEFT's method with AdamW and clipping."""
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+    common = {"lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if settings.pop("adalora", False):
+        config = AdaLoraConfig(init_r=8, target_r=4, total_step=LONG, tinit=LONG // 2, tfinal=10, **common)
+    else:
+        config = LoraConfig(r=8, **common, **settings)
+    model = get_peft_model(random_llama(arguments.shape, dtype=torch.float32), config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+    data = TokenBatches(num_grains=1, rows=2, length=128, vocab=SHAPES[arguments.shape][5])
+    model.train()
+    step = 0
+
+    def one():
+        nonlocal step
+        batch = data.collate((step, 0))
+        logits = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), position_ids=batch.position_ids,
+            use_cache=False,
+        ).logits  # fmt: skip
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        step += 1
+
+    return one
+
+
+def main():
+    """Measures and prints."""
+    options = parser(__doc__)
+    options.add_argument("--shape", choices=sorted(SHAPES), default="256x8")
+    options.add_argument("--blocks", type=int, default=7)
+    options.add_argument("--steps", type=int, default=3, help="steps a block")
+    arguments = options.parse_args()
+    world = join_world()
+    steps, numbers = {}, {}
+    for name, (make, form) in OURS.items():
+        r = head_rank(arguments, world, numbers["lora"]) if name == "ard_frozen" else 8
+        trainer = ours(arguments, world, make, form, r)
+        steps[name], numbers[name] = trainer.train_step, trainer.arena.layout.num_trained
+    steps["peft_lora"] = peft_step(arguments)
+    steps["peft_dora"] = peft_step(arguments, use_dora=True)
+    steps["peft_adalora"] = peft_step(arguments, adalora=True)
+    seconds = {name: [] for name in steps}
+    order = list(steps)
+    for block in range(arguments.blocks + 1):
+        for i in range(len(order)):
+            name = order[(i + block) % len(order)]
+            one = steps[name]
+            spent = timed(lambda one=one: [one() for _ in range(arguments.steps)], world.device) / arguments.steps
+            if block:  # the first is a warm-up
+                seconds[name].append(spent)
+
+    def ratio(a, b):
+        return summary([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
+
+    result = {
+        "benchmark": "methods", "machine": machine(), "arguments": described(arguments), "trained_numbers": numbers,
+        "seconds_a_step": {name: statistics.median(values) for name, values in seconds.items()},
+        "over_lora": {name: ratio(name, "lora") for name in OURS if name != "lora"},
+        "over_peft": {name: ratio(name, f"peft_{kind}") for name, kind in
+                      (("lora", "lora"), ("dora", "dora"), ("adalora_averaging", "adalora"))},
+    }  # fmt: skip
+    write(result, arguments.out)
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
