@@ -290,7 +290,8 @@ class AdapterEngine:
 def read_zero(folder: Path, *, allow_pickle: bool) -> tuple[FullState, dict[str, Any]]:
     """The trained numbers of a checkpoint that `AdapterEngine.save_zero` wrote, for any number of processes.
 
-    The arena is one flat parameter, so the processes' partitions in a row are the arena. Reads files only.
+    The arena is one flat parameter, so the processes' partitions in a row are the arena. The universal format, which
+    `deepspeed.checkpoint.ds_to_universal` makes of it, is read as well. Reads files only.
 
     Returns:
         Masters and moments, not yet cut to the arena's size (DeepSpeed pads the last partition); the client state.
@@ -301,11 +302,10 @@ def read_zero(folder: Path, *, allow_pickle: bool) -> tuple[FullState, dict[str,
     # What DeepSpeed pickles beside tensors: plain holders of numbers.
     known = [ZeroStageEnum, fragment_address, *(getattr(loss_scaler, n) for n in ("LossScaler", "DynamicLossScaler"))]
 
-    def load(path: Path) -> dict[str, Any]:
+    def load(path: Path) -> Any:
         try:
             with torch.serialization.safe_globals(known):
-                out: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-            return out
+                return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{path} holds more than tensors and plain values ({str(error).splitlines()[0]}); allow_pickle=true "
@@ -315,12 +315,18 @@ def read_zero(folder: Path, *, allow_pickle: bool) -> tuple[FullState, dict[str,
             raise ValueError(f"{path} is missing or damaged ({str(error).splitlines()[0]})") from error
 
     states = load(folder / "mp_rank_00_model_states.pt")
+    universal = folder / "zero" / "flat"
+    if universal.is_dir():
+        master, exp_avg, exp_avg_sq = (
+            load(universal / f"{name}.pt")["param"].detach().float() for name in ("fp32", *MOMENTS)
+        )
+        return FullState(master, exp_avg, exp_avg_sq, int(load(universal / "step.pt"))), states
     count = int(states["dp_world_size"])
     parts = [
         load(folder / f"zero_pp_rank_{p}_mp_rank_00_optim_states.pt")["optimizer_state_dict"] for p in range(count)
     ]
     moments = [part["base_optimizer_state"]["state"][0] for part in parts]
-    master = torch.cat([part["single_partition_of_fp32_groups"][0].float() for part in parts])
+    master = torch.cat([part["single_partition_of_fp32_groups"][0].detach().float() for part in parts])
     exp_avg, exp_avg_sq = (torch.cat([m[name].float() for m in moments]) for name in MOMENTS)
     return FullState(master, exp_avg, exp_avg_sq, int(moments[0]["step"])), states
 

@@ -95,9 +95,12 @@ class FullRun(Session):
                 self.engine.save(Path(building), ENGINE_FOLDER)
             except OSError as error:
                 problem = saving.reason(error)
-            self.world.barrier("engine's checkpoint written")
+            failed = torch.tensor([int(bool(problem))], dtype=torch.int64, device=self.world.device)
+            self.world.add_integers(failed)
+            if problem:
+                logger.error("this process's part of checkpoint-%d failed: %s", step, problem)
             if self.world.is_main:
-                self._seal(Path(building), step, problem)
+                self._seal(Path(building), step, problem or ("another process's part failed" if int(failed) else ""))
             self.world.barrier("checkpoint sealed")
 
     def _new_attempt(self, step: int) -> str:
@@ -128,6 +131,8 @@ class FullRun(Session):
                 is_best=self.best_step == step,
                 limit=self.config.save_total_limit,
             )
+        except saving.AfterwardsError as error:
+            logger.error("%s", error)
         except (OSError, RuntimeError, ValueError) as error:
             shutil.rmtree(building, ignore_errors=True)
             logger.error("checkpoint-%d was not saved: %s; the run goes on", step, saving.reason(error))

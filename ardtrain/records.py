@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from ardtrain.evaluation import HeldOut
 from ardtrain.observe import RunLog
 from ardtrain.ranks import RankTable
 from ardtrain.trainer import Event, StepResult, Trainer
+
+_logger = logging.getLogger(__name__)
 
 LOG_SCORES_SITES = 2000  # `log_scores` is on by default below this many sites
 
@@ -96,5 +100,8 @@ def _write_scores(path: Path, table: RankTable, scores: Tensor) -> None:
         scores[start:stop].mean() if stop > start else scores.new_zeros(())
         for start, stop in zip(table.offsets, table.offsets[1:], strict=False)
     ]
-    path.parent.mkdir(exist_ok=True)
-    save_file({"mean_score": torch.stack(means), "rank": torch.tensor(table.ranks)}, path)
+    try:  # a full disk costs the picture of the scores, not the run
+        path.parent.mkdir(exist_ok=True)
+        save_file({"mean_score": torch.stack(means), "rank": torch.tensor(table.ranks)}, path)
+    except (OSError, SafetensorError) as error:
+        _logger.error("%s was not written (%s); the run goes on", path, error)

@@ -36,7 +36,8 @@ def refuse_used_folder(config: RunConfig) -> None:
     Raises:
         ConfigError: output_dir holds checkpoints and the config does not resume.
     """
-    earlier = checkpoint.pointed(Path(config.output_dir), "latest")
+    found = checkpoint.candidates(Path(config.output_dir), "auto")
+    earlier = found[0].name if found else checkpoint.pointed(Path(config.output_dir), "latest")
     if config.resume_from_checkpoint is None and earlier is not None:
         raise ConfigError(
             [

@@ -76,11 +76,6 @@ def candidates(run_dir: Path, resume_from: str | None) -> list[Path]:
     return found[at:] + found[:at]
 
 
-def find(run_dir: Path, resume_from: str | None) -> Path | None:
-    """The first of `candidates` that has a manifest, if any. Raises CheckpointError."""
-    return next((path for path in candidates(run_dir, resume_from) if os.path.isfile(path / MANIFEST)), None)
-
-
 def load_newest(
     run_dir: Path,
     resume_from: str | None,

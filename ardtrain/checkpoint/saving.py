@@ -37,7 +37,7 @@ from ardtrain.checkpoint.tensorfile import (
 from ardtrain.resize import Snapshot
 
 PARTS = ".parts"  # in the attempt's folder: what the processes tell each other
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.005  # at first; then ever longer, up to a second
 PART_SECONDS = 600.0
 
 WriteAdapter = Callable[[Path], object]

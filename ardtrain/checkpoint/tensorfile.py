@@ -153,7 +153,7 @@ class TensorReader:
 
     def sha256(self) -> str:
         """Of the whole file; what was not asked for is read now."""
-        buffer = bytearray(CHUNK_BYTES)
+        buffer = bytearray(1 << 20)
         try:
             while count := self._file.readinto(buffer):
                 self._sha256.update(memoryview(buffer)[:count])

@@ -128,10 +128,11 @@ class Writer:
             else:
                 self._save_part(building, content)
         except BaseException as error:
-            given_up = self._global_rank > 0 and not building.exists()
             if self._global_rank == 0:
                 shutil.rmtree(building, ignore_errors=True)
-            self._tell(content.step, RuntimeError("process 0 had given it up") if given_up else error)
+            elif isinstance(error, FileNotFoundError) and not building.exists():
+                error = RuntimeError("process 0 had given it up")
+            self._tell(content.step, error)
 
     def _save_part(self, building: Path, content: Content) -> None:
         part = saving.parts_of(named(content.snapshot, content.layout), self._world_size)[self._global_rank]

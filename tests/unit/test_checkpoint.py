@@ -315,10 +315,10 @@ def test_a_half_written_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(OSError, match="no space left"):
         checkpoint.save(tmp_path, snapshot, layout, step=20, loop=LOOP, identity=IDENTITY, write_adapter=fails)
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
-    assert checkpoint.find(tmp_path, "auto").name == "checkpoint-10"
+    assert checkpoint.candidates(tmp_path, "auto")[0].name == "checkpoint-10"
     assert checkpoint.prune(tmp_path, 1) == []
     save(tmp_path, snapshot, layout, step=20)  # its rest is in nobody's way
-    assert checkpoint.find(tmp_path, "auto").name == "checkpoint-20"
+    assert checkpoint.candidates(tmp_path, "auto")[0].name == "checkpoint-20"
     assert not list(tmp_path.glob(".checkpoint-*"))
 
 
@@ -333,15 +333,15 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 # ---- finding and pruning ----
 
 
-def test_find_knows_auto_paths_and_nothing(tmp_path):
-    assert checkpoint.find(tmp_path, None) is None
-    assert checkpoint.find(tmp_path, "auto") is None  # a first start
+def test_candidates_are_auto_s_or_the_one_that_is_named(tmp_path):
+    assert checkpoint.candidates(tmp_path, None) == []
+    assert checkpoint.candidates(tmp_path, "auto") == []  # a first start
     snapshot, layout = random_snapshot()
     first, second = save(tmp_path, snapshot, layout, step=1), save(tmp_path, snapshot, layout, step=2)
-    assert checkpoint.find(tmp_path, "auto") == second
-    assert checkpoint.find(tmp_path, str(first)) == first
+    assert checkpoint.candidates(tmp_path, "auto") == [second, first]
+    assert checkpoint.candidates(tmp_path, str(first)) == [first]
     with pytest.raises(CheckpointError, match="elsewhere holds no manifest.json; name a complete checkpoint"):
-        checkpoint.find(tmp_path, str(tmp_path / "elsewhere"))
+        checkpoint.candidates(tmp_path, str(tmp_path / "elsewhere"))
 
 
 def test_auto_tries_latest_then_the_older_ones_and_last_those_beyond_it(tmp_path):

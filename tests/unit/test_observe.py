@@ -1,10 +1,15 @@
+import errno
 import json
 import logging
+import os
+from io import FileIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ardtrain.observe import Clock, RunLog, start_logging, truncate_after
+from ardtrain import observe
+from ardtrain.observe import Clock, RunLog, cut_back, start_logging, truncate_after
 
 
 def read(path):
@@ -80,6 +85,110 @@ def test_truncate_leaves_a_good_file_alone_and_names_a_bad_line(tmp_path):
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"m\.jsonl:2: not a record with a step"):
         truncate_after(path, 5)
+
+
+def test_what_a_resume_cuts_off_is_kept(tmp_path):
+    metrics = [f'{{"step": {step}, "loss": {1 / step}}}\n' for step in range(1, 8)]
+    ranks = ['{"step": 0, "event": 0}\n', '{"step": 4, "event": 1}\n', '{"step": 6, "event": 2}\n']
+    (tmp_path / "metrics.jsonl").write_text("".join(metrics) + '{"step": 8, "lo')  # torn by a crash
+    (tmp_path / "ranks.jsonl").write_text("".join(ranks))
+    assert cut_back(tmp_path, 5) == {"metrics.jsonl": 3, "ranks.jsonl": 1}
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(metrics[:5])
+    assert (tmp_path / "ranks.jsonl").read_text() == "".join(ranks[:2])
+    assert (tmp_path / "metrics.discarded.jsonl").read_text() == "".join(metrics[5:]) + '{"step": 8, "lo\n'
+    assert (tmp_path / "ranks.discarded.jsonl").read_text() == ranks[2]
+    assert cut_back(tmp_path, 5) == {"metrics.jsonl": 0, "ranks.jsonl": 0}
+    assert cut_back(tmp_path, 3) == {"metrics.jsonl": 2, "ranks.jsonl": 1}  # behind what went before
+    assert (tmp_path / "ranks.discarded.jsonl").read_text() == ranks[2] + ranks[1]
+    assert cut_back(tmp_path, -1) == {"metrics.jsonl": 3, "ranks.jsonl": 1}  # a new run
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    kept = (tmp_path / "metrics.discarded.jsonl").read_text().splitlines(keepends=True)
+    assert sorted(kept) == sorted([*metrics, '{"step": 8, "lo\n'])  # no line is lost
+
+
+def test_a_folder_without_records_has_nothing_to_cut(tmp_path):
+    assert cut_back(tmp_path, 5) == {"metrics.jsonl": 0, "ranks.jsonl": 0}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("crash", ["before the cut", "in the middle of the discarded lines"])
+def test_a_cut_that_a_crash_interrupted_is_done_again(tmp_path, monkeypatch, crash):
+    lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
+    path, discarded = tmp_path / "metrics.jsonl", tmp_path / "metrics.discarded.jsonl"
+    path.write_text("".join(lines))
+    discarded.write_text('{"step": 9}\n')
+
+    def crashes(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(observe, "replace_file", crashes)
+        truncate_after(path, 2)
+    assert path.read_text() == "".join(lines)
+    if crash == "in the middle of the discarded lines":
+        os.truncate(discarded, discarded.stat().st_size - 4)
+    assert truncate_after(path, 2) == 3
+    assert path.read_text() == "".join(lines[:2])
+    content = discarded.read_text()
+    assert content.startswith('{"step": 9}\n') and content.endswith("".join(lines[2:]))
+    assert content.count('{"step": 3}\n') == (1 if crash == "before the cut" else 2)
+
+
+class Full(FileIO):
+    """A disk that takes `room` bytes more."""
+
+    room = 0
+
+    def write(self, content):
+        if not Full.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = min(Full.room, len(content))
+        Full.room -= taken
+        return super().write(content[:taken])
+
+
+@pytest.mark.parametrize("room", [0, 7])
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, monkeypatch, caplog, room):
+    with RunLog(tmp_path, is_main=True, num_steps=9, show_bar=False) as log:
+        log.metrics(1, {"loss": 1.0})
+        before = (tmp_path / "metrics.jsonl").read_text()
+        with monkeypatch.context() as patched:
+            Full.room = room
+            patched.setattr(Path, "open", lambda path, mode, buffering=-1: Full(path, mode.replace("b", "")))
+            for step in (2, 3, 4):
+                log.metrics(step, {"loss": 0.5})
+        assert (tmp_path / "metrics.jsonl").read_text() == before  # no part of a line
+        log.metrics(5, {"loss": 0.25})
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}, {"step": 5, "loss": 0.25}]
+    first, last = [record.getMessage() for record in caplog.records]
+    assert "the line of step 2 is lost (" in first and first.endswith("; the run goes on")
+    assert last.endswith("3 lines before step 5 were lost")
+
+
+def test_a_records_folder_that_is_gone_costs_lines_and_not_the_run(tmp_path, caplog):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    log = RunLog(folder, is_main=True, num_steps=2, show_bar=False)
+    folder.rmdir()
+    log.metrics(1, {"loss": 1.0})
+    log.ranks(1, {"event": 1})
+    log.close()
+    assert [record.getMessage().count("No such file") for record in caplog.records] == [1, 1]
+
+
+def test_a_log_on_a_full_disk_prints_no_traceback(tmp_path, capsys, monkeypatch):
+    undo = start_logging(tmp_path, global_rank=3)
+    (handler,) = (h for h in logging.getLogger().handlers if isinstance(h, observe._LogFile))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    handler.handle(logging.makeLogRecord({"msg": "a wrong %d", "args": ("format",)}))  # our own mistakes show as ever
+    monkeypatch.setattr(handler, "flush", full)
+    handler.handle(logging.makeLogRecord({"msg": "lost"}))
+    undo()
+    error = capsys.readouterr().err
+    assert "OSError" not in error and "TypeError" in error
 
 
 def test_one_log_file_a_process_and_console_on_process_0(tmp_path, capsys):
