@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarks.common import machine, parser, write
 
+LAUNCHER_SECONDS = 15  # after a kill what is left is ended, as every launcher does
 PHASES = ("start", "load", "step", "resize", "save", "write", "evaluate")
 METHODS = {
     "elalora": {"elalora": {"init_warmup": 2, "final_warmup": 4, "mask_interval": 2, "b": 6, "k": 2}},
@@ -68,7 +69,7 @@ def run(kills, processes, method, steps, seed):
             child = Start(folder, world_size, config, name)
             starts += 1
             phase = kill_at_random(child, numbers) if done < kills else None
-            codes = child.wait(300)
+            codes = child.wait(300 if phase is None else LAUNCHER_SECONDS)
             if phase is None:
                 if codes == [0] * world_size:
                     break
