@@ -1,6 +1,6 @@
 """Runs that are made to go wrong on one process; started by test_provoked.py.
 
-python -m tests.distributed.provoked disagreement | failure CONFIG
+python -m tests.distributed.provoked disagreement | drift | failure CONFIG
 """
 
 import os
@@ -41,6 +41,35 @@ def disagreement():
         os._exit(3)
 
 
+def drift():
+    """One bit of one weight of process 1 flips after step 3; ZeRO would heal it at the next, the comparison finds it."""
+    import torch
+
+    from ardtrain.collectives import World
+    from ardtrain.engines import start_deepspeed
+    from tests.tiny import CPU, elalora, tiny_trainer
+
+    torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = World.join(global_rank=rank, world_size=size, device=CPU, timeout_seconds=60)
+    start_deepspeed(CPU)
+    trainer = tiny_trainer(elalora(), world=world, total_steps=60, check_every=4)
+    honest = trainer.train_step
+
+    def flipping():
+        result = honest()
+        if rank == 1 and result.step == 3:
+            trainer.arena.engine.weights[5:6].view(torch.int32).bitwise_xor_(1)
+        return result
+
+    trainer.train_step = flipping
+    try:
+        trainer.fit()
+    except RuntimeError as error:
+        print(f"STEP {trainer.state.step} {error}", flush=True)
+        os._exit(3)
+
+
 def failure(config):
     """Process 1 raises in the middle of a forward of step 3 of a whole run."""
     from ardtrain.cli import main
@@ -66,4 +95,4 @@ def failure(config):
 
 
 if __name__ == "__main__":
-    {"disagreement": disagreement, "failure": failure}[sys.argv[1]](*sys.argv[2:])
+    {"disagreement": disagreement, "drift": drift, "failure": failure}[sys.argv[1]](*sys.argv[2:])

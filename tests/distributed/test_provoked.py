@@ -18,6 +18,13 @@ def test_a_disagreement_stops_all_within_the_step_and_names_the_process(tmp_path
         assert "STEP 3 step 3: processes [1] hold another rank plan than process 0" in output
 
 
+def test_a_flipped_bit_is_found_at_the_next_comparison_and_named(tmp_path):
+    ended = run_processes(2, ["-m", "tests.distributed.provoked", "drift"], folder=tmp_path, timeout=120)
+    assert ended.codes == [3, 3], ended.text()
+    for output in ended.outputs:
+        assert "STEP 4 step 4: processes [1] hold another weights than process 0" in output, ended.text()
+
+
 def test_a_process_that_raises_in_mid_forward_ends_all_with_its_traceback(tmp_path):
     config = write_run(tmp_path, deepspeed="zero3")
     failed_at = tmp_path / "failed_at"

@@ -74,6 +74,8 @@ def done(folder):
     add("longer", longer, 2, [*AUTO, "max_steps=26", "learning_rate=1e-3"])
     add("other", folder / "longer.yaml", 1, [*AUTO, "max_steps=26", "lora_alpha=3"])
     add("first", config_of(folder, "lora", "first"), 1)
+    begun = config_of(folder, "elalora", "from", init_from=str(folder / "first" / "adapter"), eval_on_start=True)
+    add("from", begun, 2)
     (folder / "starts.json").write_text(json.dumps(starts))
     results = play(folder, starts, names)
     out = {}
@@ -149,3 +151,12 @@ def test_another_setting_is_refused_with_both_values(done):
     assert result["codes"] == [2]
     assert "lora_alpha: the checkpoint has 8.0, this run 3.0" in result["logs"]
     assert "Traceback" not in result["logs"]
+
+
+def test_a_run_begins_where_an_adapter_of_another_method_ended(folder, done):
+    ended_well(done, "first")
+    ended_well(done, "from")
+    last = [m for m in lines(folder / "first" / "metrics.jsonl") if "eval_loss" in m][-1]
+    begun = [m for m in lines(folder / "from" / "metrics.jsonl") if "eval_loss" in m]
+    assert begun[0]["step"] == 0 and begun[0]["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert begun[-1]["eval_loss"] < begun[0]["eval_loss"]
