@@ -286,6 +286,8 @@ def make_method(config: RunConfig, shape: Shape, *, total_steps: int, steps_per_
     block = getattr(config, config.method, None)
     settings: dict[str, Any] = block.model_dump() if block is not None else {}
     shared: dict[str, tuple[int, str]] = {}
+    if config.method == "elalora" and settings.pop("compat") == "reference":
+        settings |= {"allow_swap": True, "newborn_immunity": False, "newborn_norm": "unit"}  # methods.md 2.3, 2.4
     if config.method == "alora":
         alora = config.alora or AloraBlock()
         k1, k2 = alora_steps(alora, steps_per_epoch)

@@ -126,6 +126,8 @@ class ElaLoraBlock(Block):
     """A newborn component cannot be pruned for one interval (ours)."""
     newborn_norm: Literal["mean", "unit"] = "mean"
     """Length of newborn vectors: the mean of the site's rows (ours) or 1 (published)."""
+    compat: Literal["reference"] | None = None
+    """reference: the published choices, whatever allow_swap, newborn_immunity and newborn_norm say; not its defects."""
 
 
 class AdaLoraBlock(Block):

@@ -42,7 +42,7 @@ def disagreement():
 
 
 def drift():
-    """One bit of one weight of process 1 flips after step 3; ZeRO would heal it at the next, the comparison finds it."""
+    """One bit of one weight of process 1 flips after step 3; ZeRO would heal it at the next, the check finds it."""
     import torch
 
     from ardtrain.collectives import World

@@ -304,3 +304,19 @@ def test_no_coefficient_no_extra_loss():
     method = elalora(reg_orth_coef=0.0)
     layout = bound(method)
     assert method.extra_loss(layout.views(torch.zeros(layout.size, requires_grad=True))) is None
+
+
+def test_compat_reference_is_the_published_choice():
+    from ardtrain.config import parse_config
+    from ardtrain.preflight import Shape, make_method
+
+    block = {"init_warmup": 1, "final_warmup": 1, "mask_interval": 1, "allow_swap": False}
+    raw = {"model_name_or_path": "m", "output_dir": "o", "method": "elalora", "data": {"train_file": "a.jsonl"}}
+    shape = Shape(RankTable.start(sites_of((4, 4)), [2]), 0, 0, "")
+
+    def chosen(**extra):
+        s = make_method(parse_config(raw | {"elalora": block | extra}), shape, total_steps=9).settings
+        return s.allow_swap, s.newborn_immunity, s.newborn_norm
+
+    assert chosen() == (False, True, "mean")
+    assert chosen(compat="reference") == (True, False, "unit")
