@@ -196,8 +196,8 @@ class AdapterRun(Session):
         self._tell_problems(self.writer.wait(self.watchdog.touch))
         start = time.perf_counter()
         folder = self.run_dir / f"{checkpoint.PREFIX}{step}"
-        stands = self.world.broadcast_text("yes" if self.world.is_main and folder.is_dir() else "")
-        if not stands:
+        # DeepSpeed's save is collective and cannot fail on one process alone: look for room before it begins.
+        if not self.world.broadcast_text("yes" if self.world.is_main and self._has_room(folder) else ""):
             return
         loop = asdict(self.trainer.state)
         state = zero_checkpoint.client_state(snapshot, loop=loop, identity=self.identity)
@@ -205,6 +205,18 @@ class AdapterRun(Session):
         if self.world.is_main:
             seconds = time.perf_counter() - start
             logger.info("DeepSpeed's checkpoint: %.1f MiB in %.2f s, the loop waited", size / 2**20, seconds)
+
+    def _has_room(self, folder: Path) -> bool:
+        """Does our own checkpoint stand, and does DeepSpeed's fit beside it?"""
+        if not folder.is_dir():
+            return False
+        layout = self.arena.layout
+        try:
+            checkpoint.check_writable(folder, checkpoint.state_bytes(layout, self.method.state_tensors()))
+        except checkpoint.CheckpointError as error:
+            logger.error("DeepSpeed's checkpoint was not written, ours stands: %s", error)
+            return False
+        return True
 
     def _tell_problems(self, problems: str | None) -> None:
         if problems:

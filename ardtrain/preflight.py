@@ -300,7 +300,8 @@ def make_method(config: RunConfig, shape: Shape, *, total_steps: int, steps_per_
         for name in ("layout", "head_modules", "mlp_heads", "budget"):
             del settings[name]
         settings["init_warmup"], settings["final_warmup"] = ard_lora_warmups(ard, total_steps)
-        settings["target_r"] = (ard.target_r or float(config.r)) if ard.budget else None
+        start = shape.table.total / max(1, len(shape.table.sites))  # towers may start with other ranks than r
+        settings["target_r"] = (ard.target_r or start) if ard.budget else None
         if ard.layout == "shared_a":
             shared = {m: (h.count, "lora_B" if h.side == "out" else "lora_A") for m, h in shape.heads.items()}
     return build(config.method, settings, total_steps=total_steps, table=shape.table, shared_heads=shared)

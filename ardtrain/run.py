@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -96,7 +97,8 @@ def train(path: str | Path, overrides: Sequence[str]) -> int:
         if not world.is_main:
             print(text, file=sys.stderr)
         if world.is_main:
-            write_status(run_dir, "failed", _step_of(run), error=str(error))
+            with contextlib.suppress(OSError):  # a full disk must not keep the text from the others
+                write_status(run_dir, "failed", _step_of(run), error=str(error))
         watchdog.report(text)
         # The others may hang in a collective that this process will never join; leaving the group could hang as well.
         _exit_at_once(2 if mistake else 1)

@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -47,7 +48,7 @@ _ELSEWHERE = (
 logger = logging.getLogger("ardtrain")
 
 
-class Session:
+class Session(ABC):
     """One run on this process: built in order, then `execute`. Subclasses build the trainer, save and export."""
 
     trainer: Trainer
@@ -169,13 +170,13 @@ class Session:
         if best is None or held_out.loss < best:
             self.trainer.state.best_loss, self.best_step = held_out.loss, step
 
+    @abstractmethod
     def save(self, reason: str) -> None:
         """A checkpoint at this step boundary. All processes must call this."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, code: StopCode) -> None:
         """What follows the last step or a stop. All processes must call this."""
-        raise NotImplementedError
 
     def finish(self, code: StopCode, text: str) -> None:
         """The last lines and the status, after everything else stands."""
@@ -192,10 +193,7 @@ class Session:
         """Raises process 0's problem on every process, "" for none. All processes must call this."""
         problem = self.world.broadcast_text(problem)
         if problem:
-            self._raise(problem)
-
-    def _raise(self, problem: str) -> NoReturn:
-        raise RuntimeError(problem)
+            raise RuntimeError(problem)
 
     def adam(self) -> AdamSettings:
         """AdamW's numbers."""

@@ -42,7 +42,11 @@ def client_state(snapshot: Snapshot, *, loop: Mapping[str, Any], identity: Ident
 
 
 def save(folder: Path, engine: AdapterEngine, state: Mapping[str, Any], world: World) -> int:
-    """Writes `folder/deepspeed`, whole or not at all; returns its bytes. All processes must call this."""
+    """Writes `folder/deepspeed`, whole or not at all. All processes must call this.
+
+    Returns:
+        Its bytes on process 0, 0 elsewhere: another host may not see the files yet.
+    """
     building = f".{FOLDER}.tmp"
     if world.is_main:
         checkpoint.remove_folder(folder / building)
@@ -53,7 +57,7 @@ def save(folder: Path, engine: AdapterEngine, state: Mapping[str, Any], world: W
         checkpoint.remove_folder(folder / FOLDER)
         (folder / building).rename(folder / FOLDER)
     world.barrier("DeepSpeed's checkpoint has its name")
-    return sum(p.stat().st_size for p in (folder / FOLDER).iterdir())
+    return sum(p.stat().st_size for p in (folder / FOLDER).iterdir()) if world.is_main else 0
 
 
 def load(

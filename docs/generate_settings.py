@@ -14,21 +14,13 @@ from pydantic.fields import FieldInfo
 
 from ardtrain.config import (
     ALIASES,
-    DataBlock,
-    ElaLoraBlock,
+    BLOCKS,
     OptimizerBlock,
-    RunConfig,
-    TargetBlock,
 )
 
 TARGET = Path(__file__).with_name("settings.md")
-SECTIONS = (
-    ("", "Top level", RunConfig),
-    ("data", "Block `data`", DataBlock),
-    ("optimizer", "Block `optimizer`", OptimizerBlock),
-    ("elalora", "Block `elalora`", ElaLoraBlock),
-    ("targets.*", "Block `targets.<tower>`", TargetBlock),
-)
+TITLES = {"": "Top level", "targets.*": "Block `targets.<tower>`"}
+SECTIONS = [(block, TITLES.get(block, f"Block `{block}`"), model) for block, model in BLOCKS.items()]
 HEAD = """# Settings
 
 Generated from ardtrain/config/models.py by `python docs/generate_settings.py`; a test keeps it up to date.

@@ -23,6 +23,7 @@ from ardtrain.config.models import (
 )
 from ardtrain.config.reading import (
     ALIASES,
+    BLOCKS,
     accumulation_steps,
     check_schedule,
     dump_config,
@@ -35,6 +36,7 @@ from ardtrain.config.text import ConfigError, read_deepspeed_json
 
 __all__ = [
     "ALIASES",
+    "BLOCKS",
     "METHODS",
     "AdapterSettings",
     "AloraBlock",

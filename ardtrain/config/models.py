@@ -217,7 +217,7 @@ class ArdLoraBlock(Block):
     beta: float = Field(default=0.25, ge=0, lt=1)
     """Weight of the total variation beside the l1 price; below 1, or no rank would ever fall."""
     target_r: float | None = Field(default=None, gt=0)
-    """Average rank that the controller and the freeze hold; None: r."""
+    """Average rank that the controller and the freeze hold; None: that of the start."""
     budget: bool = True
     """false: no controller and no projection; ranks follow l1 alone."""
     controller_rate: float = Field(default=0.5, ge=0)

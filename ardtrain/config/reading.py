@@ -34,7 +34,7 @@ from ardtrain.config.text import (
 )
 
 # Blocks by dotted path; "*" is any name. `deepspeed` is no block of ours: its keys are DeepSpeed's.
-_BLOCKS: dict[str, type[Block]] = {
+BLOCKS: dict[str, type[Block]] = {
     "": RunConfig,
     "data": DataBlock,
     "optimizer": OptimizerBlock,
@@ -158,7 +158,7 @@ def _llamafactory_targets(value: object) -> object:
 
 def _without_unknown(raw: dict[str, Any], errors: list[str], path: tuple[str, ...] = ()) -> dict[str, Any]:
     """`raw` less its unknown keys; adds a line to `errors` for each."""
-    model = _BLOCKS.get(_block_key(path))
+    model = BLOCKS.get(_block_key(path))
     result = {}
     for key, value in raw.items():
         if model is not None and key not in model.model_fields:
@@ -177,7 +177,7 @@ def _unknown(key: str, path: tuple[str, ...], model: type[Block]) -> str:
     if not path and key in METHODS:
         return f"{name} is the block of a method that has no settings of its own here yet; remove it"
     elsewhere = [
-        _dotted((block,) if block else (), key) for block, other in _BLOCKS.items() if key in other.model_fields
+        _dotted((block,) if block else (), key) for block, other in BLOCKS.items() if key in other.model_fields
     ]
     aliases = ALIASES.get(_block_key(path), {})
     near = difflib.get_close_matches(key, [*model.model_fields, *aliases], n=1, cutoff=0.6)
@@ -226,7 +226,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, str, str]:
     path: list[str] = []
     block: tuple[str, ...] = ()
     for part in loc:
-        model = _BLOCKS.get(_block_key(block))
+        model = BLOCKS.get(_block_key(block))
         if model is None:  # a tower's name in `targets`
             block = (*block, str(part))
             path.append(str(part))
@@ -234,10 +234,10 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, str, str]:
         if part not in model.model_fields:
             break
         path.append(str(part))
-        if _block_key((*block, str(part))) in _BLOCKS or (not block and part == "targets"):
+        if _block_key((*block, str(part))) in BLOCKS or (not block and part == "targets"):
             block = (*block, str(part))
     field = None
-    owner = _BLOCKS.get(_block_key(tuple(path[:-1])))
+    owner = BLOCKS.get(_block_key(tuple(path[:-1])))
     if owner is not None and path:
         field = owner.model_fields.get(path[-1])
     return ".".join(block), ".".join(path), (field.description or "").strip() if field else ""

@@ -244,18 +244,19 @@ class ArdLora(FixedRank):
 
     def _lowest(self) -> Tensor:
         """[P]: alpha at which the widest of its units has rank 1 (H8)."""
-        return self._by_alpha(1.0 / self._r0, torch.amin, math.inf)
+        return self._by_alpha(1.0 / self._r0, "amin")
 
     def _highest(self) -> Tensor:
         """[P]: alpha at which the unit with the most room is full: capacity, and r_max (H8)."""
         room = [min(u.r_max, c) for u, c in zip(self.units, self._slots.capacity, strict=True)]
-        return self._by_alpha(torch.tensor(room, dtype=torch.float64) / self._r0, torch.amax, -math.inf)
+        return self._by_alpha(torch.tensor(room, dtype=torch.float64) / self._r0, "amax")
 
-    def _by_alpha(self, by_unit: Tensor, reduce: object, empty: float) -> Tensor:
-        kind = "amin" if reduce is torch.amin else "amax"
+    def _by_alpha(self, by_unit: Tensor, reduce: Literal["amin", "amax"]) -> Tensor:
+        """[P] least or most over the units of each alpha, from [U]."""
+        empty = math.inf if reduce == "amin" else -math.inf
         values = by_unit[:, None].expand_as(self._share).where(self._share > 0, torch.tensor(empty).double())
         out = torch.full((self.num_alphas,), empty, dtype=torch.float64)
-        return out.scatter_reduce(0, self._owner.view(-1), values.reshape(-1), reduce=kind)
+        return out.scatter_reduce(0, self._owner.view(-1), values.reshape(-1), reduce=reduce)
 
     # ---- plans ----
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ardtrain.config import load_config, with_batch
+from ardtrain.config import BLOCKS, load_config, with_batch
 from ardtrain.deepspeed_config import split_deepspeed, with_deepspeed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,4 +94,5 @@ def test_first_reference(tmp_path):
 def test_table_of_settings_is_up_to_date():
     generator = script(REPOSITORY / "docs" / "generate_settings.py")
     page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert all(f"## Block `{name}`" in page for name in BLOCKS if name and "*" not in name)
     assert page == generator.render(), f"run: {Path(sys.executable).name} docs/generate_settings.py"

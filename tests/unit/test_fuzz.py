@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ardtrain.cli import main
 from ardtrain.config.models import METHODS, RunConfig
-from ardtrain.config.reading import _BLOCKS, ALIASES
+from ardtrain.config.reading import ALIASES, BLOCKS
 
 BASE = {
     "model_name_or_path": "no/such/model",  # so that even a config without a mistake ends here
@@ -33,11 +33,11 @@ VALUES = st.recursive(
 
 def keys_of(block):
     """Names a block may hold, other trainers' names, and names it may not."""
-    model = RunConfig if not block else _BLOCKS[block]
+    model = RunConfig if not block else BLOCKS[block]
     return st.sampled_from([*model.model_fields, *ALIASES.get(block, {}), "lerning_rate", "hf_token", "x"])
 
 
-BLOCK_NAMES = [name for name in _BLOCKS if name and "*" not in name]
+BLOCK_NAMES = [name for name in BLOCKS if name and "*" not in name]
 CHANGES = st.lists(
     st.one_of(
         st.tuples(keys_of(""), VALUES),
