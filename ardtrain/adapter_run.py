@@ -66,7 +66,7 @@ class AdapterRun(Session):
         return preflight.make_method(self.config, shape, total_steps=total_steps, steps_per_epoch=per_epoch)
 
     def _find_checkpoint(self) -> checkpoint.Loaded | None:
-        """The newest intact checkpoint: process 0 finds and verifies it, the others take the same one."""
+        """The checkpoint to go on from, ours or one of DeepSpeed's folders."""
         shape, resume_from = self.prepared.shape, self.config.resume_from_checkpoint
         known: dict[str, Any] = {
             "sites": shape.table.sites,
@@ -77,15 +77,7 @@ class AdapterRun(Session):
         }
         if resume_from is not None and zero_checkpoint.holds_zero(Path(resume_from)):
             return zero_checkpoint.load(Path(resume_from), allow_pickle=self.config.allow_pickle, **known)
-        loaded = None
-        if self.world.is_main:
-            loaded, notes = checkpoint.load_newest(self.run_dir, resume_from, **known)
-            for note in notes:
-                logger.warning(note)
-        chosen = self.world.broadcast_text("" if loaded is None else str(loaded.path))
-        if chosen and loaded is None:
-            loaded = checkpoint.load(Path(chosen), **known)
-        return loaded
+        return self.newest_checkpoint(**known)
 
     def _first_state(self) -> LoopState:
         """The loop's state, and the method for the length that its allocator has.
@@ -160,10 +152,6 @@ class AdapterRun(Session):
         super().announce()
         if self.resumed is None:
             self.records.start(self.arena.table)
-            return
-        self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")
-        for change in self.resumed.changes:
-            logger.warning("since the checkpoint: %s", change)
 
     def save(self, reason: str) -> None:
         """All capture and agree, then each process writes its part in the background; the loop waits for the copy."""

@@ -60,32 +60,23 @@ class FullRun(Session):
         """The newest intact checkpoint; its engine's files are pickles, so the config must allow them."""
         resume_from = self.config.resume_from_checkpoint
         known: dict[str, Any] = {"sites": (), "parts": NO_PARTS, "kinds": {}, "identity": self.identity}
-        loaded = None
-        if self.world.is_main:
-            loaded, notes = checkpoint.load_newest(self.run_dir, resume_from, **known)
-            for note in notes:
-                logger.warning(note)
-        chosen = self.world.broadcast_text("" if loaded is None else str(loaded.path))
-        if chosen and not self.config.allow_pickle:
+        loaded = self.newest_checkpoint(**known)
+        if loaded is not None and not self.config.allow_pickle:
             raise ConfigError(
                 [
-                    f"resume_from_checkpoint={resume_from}: {chosen} of method=full is DeepSpeed's own format, pickles "
-                    "that can run code; set allow_pickle=true if you trust it"
+                    f"resume_from_checkpoint={resume_from}: {loaded.path} of method=full is DeepSpeed's own format, "
+                    "pickles that can run code; set allow_pickle=true if you trust it"
                 ]
             )
-        if chosen and loaded is None:
-            loaded = checkpoint.load(Path(chosen), **known)
         return loaded
-
-    def announce(self) -> None:
-        super().announce()
-        if self.resumed is not None:
-            self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")
-            for change in self.resumed.changes:
-                logger.warning("since the checkpoint: %s", change)
 
     def save(self, reason: str) -> None:
         """All processes write their part of the engine's checkpoint, then process 0 seals it."""
+        if not self.engine.resumable:
+            logger.warning(
+                "no checkpoint: DeepSpeed does not bring an optimizer on NVMe back; the model is written at the end"
+            )
+            return
         step = self.trainer.state.step
         with self.trainer.clock.section("checkpoint"):
             building, problem = self.world.broadcast_text(self._new_attempt(step)), ""

@@ -52,6 +52,7 @@ class Session(ABC):
     """One run on this process: built in order, then `execute`. Subclasses build the trainer, save and export."""
 
     trainer: Trainer
+    resumed: checkpoint.Loaded | None
 
     def __init__(
         self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path, watchdog: Watchdog
@@ -77,6 +78,22 @@ class Session(ABC):
         if world.is_main:
             for note in checkpoint.clean(run_dir):
                 logger.warning(note)
+
+    def newest_checkpoint(self, **known: Any) -> checkpoint.Loaded | None:
+        """The newest intact checkpoint: process 0 finds and verifies it, the others take the same one.
+
+        Args:
+            known: what `checkpoint.load` asks for. All processes must call this.
+        """
+        loaded = None
+        if self.world.is_main:
+            loaded, notes = checkpoint.load_newest(self.run_dir, self.config.resume_from_checkpoint, **known)
+            for note in notes:
+                logger.warning(note)
+        chosen = self.world.broadcast_text("" if loaded is None else str(loaded.path))
+        if chosen and loaded is None:
+            loaded = checkpoint.load(Path(chosen), **known)
+        return loaded
 
     def begin(self, step: int, *, is_new: bool) -> None:
         """Says on disk that the run has started."""
@@ -156,6 +173,10 @@ class Session(ABC):
             + f"\nprocesses: {self.world.world_size} on {self.world.device.type}, base ZeRO-{plan.backbone_stage}, "
             f"compute {plan.compute_dtype}"
         )
+        if self.resumed is not None:
+            self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")
+            for change in self.resumed.changes:
+                logger.warning("since the checkpoint: %s", change)
 
     def _stop_flag(self) -> int:
         """This process's part of the sum of stop requests; the time limit is process 0's and counts as a signal."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ardtrain import schedule
 from ardtrain.methods.base import Binding, FixedRank, Needs, StateKind, Statistics
 from ardtrain.methods.diagonal import diagonal_entries, first_rows, orthogonality_penalty
-from ardtrain.methods.sensitivity import component_scores, update_averages
+from ardtrain.methods.sensitivity import component_scores, observe_sensitivity
 from ardtrain.ranks import RankPlan, RankTable, Site, SiteChange, prune_and_grow
 
 
@@ -96,15 +96,7 @@ class AdaLora(FixedRank):
         s = self.settings
         if step >= s.total_steps - s.tfinal:
             return
-        shard, state = self.binding.shard, self.binding.state
-        update_averages(
-            state["mean"],
-            state["spread"],
-            shard.take(statistics.weights),
-            shard.take(statistics.gradient),
-            beta1=s.beta1,
-            beta2=s.beta2,
-        )
+        observe_sensitivity(self.binding, statistics, beta1=s.beta1, beta2=s.beta2)
 
     @property
     def _target(self) -> int:

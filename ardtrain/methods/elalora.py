@@ -16,7 +16,7 @@ from torch import Tensor
 from ardtrain import schedule
 from ardtrain.methods.base import FixedRank, Needs, StateKind, Statistics
 from ardtrain.methods.diagonal import diagonal_entries, first_rows, orthogonality_penalty
-from ardtrain.methods.sensitivity import component_scores, update_averages
+from ardtrain.methods.sensitivity import component_scores, observe_sensitivity
 from ardtrain.ranks import RankPlan, RankTable, Site, prune_and_grow
 
 
@@ -86,15 +86,7 @@ class ElaLora(FixedRank):
         s = self.settings
         if step >= s.total_steps - s.final_warmup:
             return
-        shard, state = self.binding.shard, self.binding.state
-        update_averages(
-            state["mean"],
-            state["spread"],
-            shard.take(statistics.weights),
-            shard.take(statistics.gradient),
-            beta1=s.beta1,
-            beta2=s.beta2,
-        )
+        observe_sensitivity(self.binding, statistics, beta1=s.beta1, beta2=s.beta2)
 
     def amount(self, step: int) -> int:
         """b(t): components to move at this step, 0 for none."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ardtrain.methods.base import ShardView
+from ardtrain.methods.base import Binding, ShardView, Statistics
 
 
 def update_averages(
@@ -22,6 +22,13 @@ def update_averages(
     importance = (weights * gradient).abs_()
     mean.mul_(beta1).add_(importance, alpha=1.0 - beta1)
     spread.mul_(beta2).add_((importance - mean).abs_(), alpha=1.0 - beta2)
+
+
+def observe_sensitivity(binding: Binding, statistics: Statistics, *, beta1: float, beta2: float) -> None:
+    """One step of the averages `mean` and `spread` that the loop keeps for this process's shard."""
+    shard, state = binding.shard, binding.state
+    weights, gradient = shard.take(statistics.weights), shard.take(statistics.gradient)
+    update_averages(state["mean"], state["spread"], weights, gradient, beta1=beta1, beta2=beta2)
 
 
 def component_scores(shard: ShardView, mean: Tensor, spread: Tensor, num_components: int) -> Tensor:
