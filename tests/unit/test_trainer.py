@@ -11,7 +11,7 @@ from ardtrain.data import build_batch
 from ardtrain.evaluation import held_out_loss, token_loss_sum
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.methods.lora import Lora
-from ardtrain.trainer import Hooks, LoopState
+from ardtrain.trainer import Hooks, LoopState, tensor_digest
 from tests.tiny import CPU, ELALORA, HeldOutBatches, TokenBatches, elalora, equal_bits, single_world, tiny_trainer
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -362,3 +362,16 @@ def test_resumed_run_equals_the_unbroken_one(trainers):
     assert [resumed.train_step().loss for _ in range(7)] == losses
     assert unbroken.state.events >= 2
     assert_same_state(unbroken, resumed)
+
+
+def test_digest_follows_every_bit_and_its_place(monkeypatch):
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole = tensor_digest(values)
+    flipped = values.clone()
+    flipped.view(torch.int32)[999] ^= 1
+    swapped = values.clone()
+    swapped[[3, 700]] = swapped[[700, 3]]
+    assert len({whole, tensor_digest(flipped), tensor_digest(swapped), tensor_digest(values[:999])}) == 4
+    assert tensor_digest(torch.tensor([0.0, 1.0])) == tensor_digest(torch.tensor([-0.0, 1.0]))
+    monkeypatch.setattr("ardtrain.trainer.DIGEST_CHUNK", 64)
+    assert tensor_digest(values) == whole
