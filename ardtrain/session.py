@@ -18,10 +18,11 @@ from ardtrain import __version__, checkpoint, preflight
 from ardtrain.backbones import DTYPES, init_head, load_model
 from ardtrain.collectives import World
 from ardtrain.config import RunConfig, dump_config, num_warmup_steps
+from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE
 from ardtrain.engines import AdamSettings, remove_stale_locks, start_deepspeed
-from ardtrain.environment import ProcessIdentity
+from ardtrain.environment import ProcessIdentity, job_id
 from ardtrain.evaluation import HeldOut
-from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, replace_file, write_status
+from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, host_name, replace_file, write_status
 from ardtrain.fingerprint import fingerprint, hub_weight_files
 from ardtrain.observe import RunLog
 from ardtrain.preflight import Prepared
@@ -30,20 +31,6 @@ from ardtrain.trainer import Hooks, LoopSettings, LoopState, Trainer
 
 SIGNAL_FLAG = 1 << 20  # stop requests travel as a sum: STOP file 1, a signal SIGNAL_FLAG, over all processes
 STARTED = time.monotonic()  # of this process, near enough: max_hours counts from here
-
-# Settings that a resume may change; all others make it another run.
-CHANGEABLE = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_steps", "num_train_epochs"),
-    *("eval_steps", "eval_on_start", "max_eval_samples", "per_device_eval_batch_size", "logging_steps", "save_steps"),
-    *("save_total_limit", "max_skipped_steps", "gradient_checkpointing", "attn_implementation", "check_every"),
-)
-# Settings that say where and how, not what: a resume need not even tell them. (The data have a fingerprint.)
-_ELSEWHERE = (
-    *("schema_version", "model_name_or_path", "revision", "trust_remote_code", "tokenizer_name_or_path", "data"),
-    *("output_dir", "gradient_accumulation_steps", "adapter_zero_stage", "deepspeed", "resume_from_checkpoint"),
-    *("init_from", "zero_checkpoint", "allow_pickle", "preemption_signal", "stop_poll_seconds", "max_hours"),
-    *("watchdog_seconds", "collective_timeout_seconds", "log_scores", "chat_template", "bf16", "fp16"),
-)
 
 logger = logging.getLogger("ardtrain")
 
@@ -60,6 +47,7 @@ class Session(ABC):
         """All processes must call this."""
         self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, run_dir
         self.watchdog = watchdog
+        self.launcher = identity.source
         self.best_step = -1  # of the best evaluation; `best` names the checkpoint of the same step, if there is one
         config, shape = self.config, prepared.shape
         if identity.local_rank == 0:
@@ -96,9 +84,9 @@ class Session(ABC):
         return loaded
 
     def begin(self, step: int, *, is_new: bool) -> None:
-        """Says on disk that the run has started."""
+        """Says on disk that the run has started, and where."""
         if self.world.is_main:
-            write_status(self.run_dir, "started", step)
+            write_status(self.run_dir, "started", step, **self._place())
             if is_new:
                 replace_file(self.run_dir / "config.yaml", dump_config(self.config))
 
@@ -208,7 +196,19 @@ class Session(ABC):
         if code is not StopCode.NONE:
             text = f"stopped at step {step} on request; with resume_from_checkpoint=auto the same command goes on"
         self.log.say(text)
-        write_status(self.run_dir, STATE_AFTER[code], step, best_loss=self.trainer.state.best_loss)
+        best_loss = self.trainer.state.best_loss
+        write_status(self.run_dir, STATE_AFTER[code], step, **self._place(), best_loss=best_loss)
+
+    def _place(self) -> dict[str, Any]:
+        """What `status.json` says of the processes, and how long the run is."""
+        return {
+            "num_steps": self.data.num_steps,
+            "world_size": self.world.world_size,
+            "host": host_name(),  # of process 0
+            "pid": os.getpid(),
+            "launcher": self.launcher,
+            "job_id": job_id(os.environ),
+        }
 
     def fail_together(self, problem: str) -> None:
         """Raises process 0's problem on every process, "" for none. All processes must call this."""
@@ -227,7 +227,7 @@ def run_identity(prepared: Prepared, data_fingerprint: str) -> checkpoint.Identi
     config = prepared.config
     values = config.model_dump(mode="json")
     changeable = {name: values[name] for name in CHANGEABLE}
-    settings = {n: v for n, v in values.items() if n not in CHANGEABLE and n not in _ELSEWHERE and v is not None}
+    settings = {n: v for n, v in values.items() if n not in CHANGEABLE and n not in ELSEWHERE and v is not None}
     settings["compute_dtype"] = prepared.plan.compute_dtype
     return checkpoint.Identity(
         backbone=prepared.shape.backbone_fingerprint,

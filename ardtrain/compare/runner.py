@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +57,7 @@ def compare(
     suite, written = read_suite(path, overrides, os.environ)
     root = Path(suite.output_dir)
     root.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(root / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError([f"output_dir={root}: another `ardtrain compare` works there; wait for it"]) from None
-    with lock:
+    with _locked(root):
         _prepare_rows(suite)
         starts = _say_starts(suite, describe or start_of)
         runner = Runner(suite, starts, execute or run_process)
@@ -72,6 +68,28 @@ def compare(
         print("stopped; the same command goes on where the runs stopped")
         return 128 + runner.stop.signal_number
     return 1 if problems else 0
+
+
+def prepared_runs(
+    path: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False
+) -> tuple[Suite, RunConfig, list[Path]]:
+    """The suite, a run's config, and the folders, each with its run.yaml, of all runs that can start now.
+
+    For schedulers that start them (`ardtrain submit --array`); `compare` finds what they left. dry_run: makes nothing.
+
+    Raises:
+        ConfigError: mistakes in the suite, several processes for each run, or a `compare` works in the folder.
+    """
+    suite, _ = read_suite(path, overrides, os.environ)
+    root = Path(suite.output_dir)
+    config = run_config(suite, first_key(suite, next(iter(suite.methods))))
+    if dry_run:
+        return suite, config, [root / key.folder for key in next_runs(suite, {})]
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root):
+        _prepare_rows(suite)
+        runner = Runner(suite, _say_starts(suite, start_of), run_process)
+        return suite, config, [job.folder for job in runner.ready()]
 
 
 class Runner:
@@ -95,9 +113,10 @@ class Runner:
             try:
                 while True:
                     while not self.stop.requested.is_set() and len(running) < self.suite.jobs:
-                        job = self._next({job.key for job in running.values()})
+                        job = self._next({job.key for job in running.values()}, self._devices[-1])
                         if job is None:
                             break
+                        self._devices.pop()
                         running[pool.submit(self.execute, job, self.stop)] = job
                     if not running:
                         return
@@ -110,7 +129,14 @@ class Runner:
                 self.stop.requested.set()  # leaving the pool waits for the other runs: let them save and end
                 raise
 
-    def _next(self, running: set[RunKey]) -> Job | None:
+    def ready(self) -> list[Job]:
+        """All runs that can start now, their folders ready."""
+        jobs: list[Job] = []
+        while (job := self._next({other.key for other in jobs}, devices=None)) is not None:
+            jobs.append(job)
+        return jobs
+
+    def _next(self, running: set[RunKey], devices: str | None) -> Job | None:
         """The next run that is neither done nor running, its folder ready; keeps results that are there already."""
         while True:
             waiting = [key for key in next_runs(self.suite, self.outcomes) if key not in running]
@@ -123,7 +149,7 @@ class Runner:
             if outcome is None and _marked(folder) == digest and run_state(folder)[0] == "finished":
                 outcome = self._read(key, folder, digest)  # it ended while nobody watched
             if outcome is None:
-                return self._job(key, folder, digest)
+                return self._job(key, folder, digest, devices)
             self._record(key, outcome, "done before")
 
     def digest(self, key: RunKey) -> str:
@@ -145,7 +171,7 @@ class Runner:
             self._file_digests[path] = _file_digest(path)
         return self._file_digests[path]
 
-    def _job(self, key: RunKey, folder: Path, digest: str) -> Job:
+    def _job(self, key: RunKey, folder: Path, digest: str, devices: str | None) -> Job:
         """Makes the folder ready: another config's run in it is put aside, never mixed with this one."""
         if folder.is_dir() and _marked(folder) != digest:
             aside = _free_name(folder)
@@ -156,7 +182,7 @@ class Runner:
             (folder / name).unlink(missing_ok=True)
         replace_file(folder / "digest", digest + "\n")
         replace_file(folder / "run.yaml", write_yaml(run_mapping(self.suite, key)))
-        return Job(key, folder, folder / "run.yaml", self.suite.processes, self._devices.pop())
+        return Job(key, folder, folder / "run.yaml", self.suite.processes, devices)
 
     def _ended(self, job: Job, code: int) -> None:
         state, step = run_state(job.folder)
@@ -216,6 +242,18 @@ def start_of(config: RunConfig) -> Start:
     shape = check_model(take_over(config)[0])
     costs = {site.name: site.in_features + site.out_features for site in shape.table.sites}
     return Start(shape.table.total, shape.num_trained, costs)
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One `compare` at a time in a folder."""
+    lock = filelock.FileLock(root / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError([f"output_dir={root}: another `ardtrain compare` works there; wait for it"]) from None
+    with lock:
+        yield
 
 
 def _say_starts(suite: Suite, describe: Describe) -> dict[str, Start]:

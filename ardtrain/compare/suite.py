@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from ardtrain.config import ALIASES, ConfigError, RunConfig, parse_config
-from ardtrain.config.models import Block, Method
+from ardtrain.config.block import Block
+from ardtrain.config.models import Method
 from ardtrain.config.text import merged, parse_overrides, read_yaml, secret_errors
 
 Part = Literal["tune", "test"]

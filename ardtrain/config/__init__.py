@@ -5,6 +5,7 @@ and `with_batch` (the global batch size), and written into the run folder by `du
 back to an equal object. Every mistake is a `ConfigError`: one line each of setting, value, rule, remedy; all at once.
 """
 
+from ardtrain.config.launcher import LauncherBlock
 from ardtrain.config.models import (
     METHODS,
     AdapterSettings,
@@ -44,6 +45,7 @@ __all__ = [
     "ConfigError",
     "DataBlock",
     "ElaLoraBlock",
+    "LauncherBlock",
     "OptimizerBlock",
     "RunConfig",
     "TargetBlock",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import re
 import string
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
+
+from ardtrain.config.block import Block, tuple_of
+from ardtrain.config.launcher import LauncherBlock
 
 Method = Literal["ard_lora", "elalora", "alora", "lora", "dora", "adalora", "full"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -16,28 +19,6 @@ NEEDS_BLOCK = {  # method -> settings of its block that have no default
     "adalora": "target_r, tinit and tfinal",
 }
 SIGNALS = Literal["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"]
-
-
-def _tuple_of(value: object) -> object:
-    """One string stands for a list of one."""
-    return (value,) if isinstance(value, str) else value
-
-
-class Block(BaseModel):
-    """What all blocks share: unknown keys are refused, values cannot be changed in place."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        errors = self.cross_field_errors()
-        if errors:
-            raise ValueError("\n".join(errors))
-        return self
-
-    def cross_field_errors(self) -> list[str]:
-        """Lines of the rules between fields that are broken; each begins with the setting's name in this block."""
-        return []
 
 
 class TargetBlock(Block):
@@ -51,7 +32,7 @@ class TargetBlock(Block):
 class DataBlock(Block):
     """Where the rows come from and which of their fields are what."""
 
-    train_file: Annotated[tuple[str, ...], BeforeValidator(_tuple_of)] = Field(min_length=1)
+    train_file: Annotated[tuple[str, ...], BeforeValidator(tuple_of)] = Field(min_length=1)
     """JSONL, one path or a list."""
     eval_file: str | None = None
     format: Literal["auto", "completion", "chat", "text"] = "auto"
@@ -312,6 +293,7 @@ class RunConfig(Block):
     """With offload_optimizer. cpu_adam: faster, equal bits for the same number of processes only."""
     deepspeed: str | dict[str, Any] | None = None
     """DeepSpeed's JSON: a name in ds_configs/, a path, or the mapping itself."""
+    launcher: LauncherBlock = LauncherBlock()
 
     eval_on_start: bool = False
     """Held-out loss before the first step: the base's own, since adapters start at zero."""
@@ -328,7 +310,7 @@ class RunConfig(Block):
     """When DeepSpeed's own checkpoint of the trained numbers is written beside ours: with the last and at stops."""
     allow_pickle: bool = False
     """Resume from DeepSpeed's own files where ours are missing; they are pickles and can run code."""
-    preemption_signal: Annotated[tuple[SIGNALS, ...], BeforeValidator(_tuple_of)] = ("SIGUSR1", "SIGTERM")
+    preemption_signal: Annotated[tuple[SIGNALS, ...], BeforeValidator(tuple_of)] = ("SIGUSR1", "SIGTERM")
     """Signals that save and stop at the end of the step."""
     stop_poll_seconds: float = Field(default=30.0, gt=0)
     """A stop request waits at most about so long for a step, an evaluation or an ablation round to end."""

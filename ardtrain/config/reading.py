@@ -10,12 +10,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from ardtrain.config.block import Block
+from ardtrain.config.launcher import LauncherBlock
 from ardtrain.config.models import (
     METHODS,
     AdaLoraBlock,
     AloraBlock,
     ArdLoraBlock,
-    Block,
     DataBlock,
     ElaLoraBlock,
     OptimizerBlock,
@@ -42,6 +43,7 @@ BLOCKS: dict[str, type[Block]] = {
     "adalora": AdaLoraBlock,
     "alora": AloraBlock,
     "ard_lora": ArdLoraBlock,
+    "launcher": LauncherBlock,
     "targets.*": TargetBlock,
 }
 # Other trainers' names (LLaMA-Factory, Axolotl, NeMo AutoModel, PEFT) by the block they may stand in; "" = top level.
