@@ -18,8 +18,4 @@ export ARDTRAIN_EXPORT="{{ env | join(" ") }}" # these go to the other hosts as 
 {% for line in setup %}
 {{ line }}
 {% endfor %}
-ardtrain=({{ prefix }}{{ python }} -u -m ardtrain)
-
 mkdir -p "$run/logs"
-earlier=$(cat "$run/status" 2>/dev/null)
-echo "starting 0" >"$run/status" # what an earlier start wrote must not be taken for this one's

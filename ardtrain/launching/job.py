@@ -74,22 +74,28 @@ def script_text(
                 [f"{name}={path} holds a character that job scripts and remote shells read otherwise; letters, digits "
                  "and _./@+=:,- are safe: choose another path"]
             )  # fmt: skip
+    if block.command_prefix and route in ("hosts", "pbs"):
+        raise ConfigError(
+            [f"launcher.command_prefix={block.command_prefix} has no place with --to {route}: DeepSpeed's launcher "
+             "starts python itself on the hosts; use --to slurm or mpi, or start all of it inside the container"]
+        )  # fmt: skip
+    place = run_dir if elements is None else elements.path.parent
     by_run = "" if route in ("slurm", "pbs") else 20000 + zlib.crc32(str(run_dir).encode()) % 20000
     values = block.model_dump() | {
         "run": f'"{run_dir}"' if elements is None else f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "{elements.path}")',
         "folder": str(folder),
-        "script": str((run_dir if elements is None else elements.path.parent) / "job.sh"),
-        "logs": str((run_dir if elements is None else elements.path.parent) / "logs"),
+        "script": str(place / "job.sh"),
+        "logs": str(place / "logs"),
         "elements": elements is not None,
         "num_elements": elements.number if elements else 0,
         "at_a_time": elements.at_a_time if elements else 0,
-        "job_name": block.job_name or re.sub(r"[^A-Za-z0-9._-]", "-", run_dir.name)[:64],
+        "job_name": block.job_name or re.sub(r"[^A-Za-z0-9._-]", "-", place.name)[:64],
         "num_local": hosts[0].slots if hosts else block.num_local,
         "nodes": len(hosts) or block.nodes,
         "walltime": walltime(block.seconds),
         "interface": block.network_interface,
         "num_threads": config.num_threads,
-        "prefix": f"{block.command_prefix} " if block.command_prefix else "",
+        "ardtrain": f"{block.command_prefix} {python} -u -m ardtrain".strip(),
         "mpi_args": f" {block.mpi_args}" if block.mpi_args else "",
         "python": str(python),
         "deepspeed": str(python.with_name("deepspeed")),

@@ -42,7 +42,8 @@ def supervise(run_dir: Path, command: Sequence[str], environ: Mapping[str, str])
         (run_dir / "STOP").touch()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    started = _stamp(run_dir)
+    earlier = _text(run_dir)
+    replace_file(run_dir / "status", "starting 0\n")  # what an earlier start wrote must not be taken for this one's
     # A session of its own: Ctrl-C in a terminal reaches us alone.
     child = subprocess.Popen(command, env=environ, start_new_session=True)
     ended_at: float | None = None
@@ -53,7 +54,7 @@ def supervise(run_dir: Path, command: Sequence[str], environ: Mapping[str, str])
             if asked and not told:
                 print("asked to stop: the run saves and ends; once more ends it at once", flush=True)
                 told = True
-            if ended_at is None and _stamp(run_dir) != started and _state(run_dir) in ENDED:
+            if ended_at is None and _state(run_dir) in ENDED:
                 ended_at = time.monotonic()
             late = ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS
             if late or asked > 1:
@@ -63,13 +64,15 @@ def supervise(run_dir: Path, command: Sequence[str], environ: Mapping[str, str])
         for number, handler in before.items():
             signal.signal(number, handler)
     code = child.wait()
-    state = _state(run_dir) if _stamp(run_dir) != started else ""
+    state = _state(run_dir)
+    if state == "starting":  # training never began
+        replace_file(run_dir / "status", earlier or "failed 0\n")
     if asked:
         with contextlib.suppress(OSError):
             (run_dir / "STOP").unlink(missing_ok=True)  # the run removes it; one that never began does not
     if state in ("requeue", "stopped", "finished"):
         return 0
-    print(f"the run did not end well: its status is `{state or 'as before'}`, the launcher's exit code {code}; see "
+    print(f"the run did not end well: its status is `{state}`, the launcher's exit code {code}; see "
           f"{run_dir / 'logs'}", file=sys.stderr)  # fmt: skip
     return 1
 
@@ -89,19 +92,15 @@ def _escaped(value: str) -> str:
     return "".join(f"\\{letter}" if letter in '\\"$`' else letter for letter in value)
 
 
-def _stamp(run_dir: Path) -> int:
-    """When the status was last written; 0: never."""
+def _text(run_dir: Path) -> str:
     try:
-        return (run_dir / "status").stat().st_mtime_ns
+        return (run_dir / "status").read_text()
     except OSError:
-        return 0
+        return ""
 
 
 def _state(run_dir: Path) -> str:
-    try:
-        return (run_dir / "status").read_text().split()[0]
-    except (OSError, IndexError):
-        return ""
+    return (_text(run_dir).split() or [""])[0]
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -55,16 +55,17 @@ LONG = {"max_steps": 260, "eval_steps": 65, "save_steps": 20, "elalora": {"init_
 @pytest.fixture(scope="session")
 def alone(cluster, runs_folder):
     """The unbroken short run of one process, ZeRO-0: what every route must equal to the bit."""
-    return _unbroken(cluster, runs_folder, "alone")
+    return unbroken(cluster, runs_folder, "alone")
 
 
 @pytest.fixture(scope="session")
 def long_alone(cluster, runs_folder):
     """The same of the long run, which lasts until a test has interrupted it."""
-    return _unbroken(cluster, runs_folder, "long_alone", **LONG)
+    return unbroken(cluster, runs_folder, "long_alone", **LONG)
 
 
-def _unbroken(cluster, folder, name, **settings):
+def unbroken(cluster, folder, name, **settings):
+    """Fingerprint of a run of one process."""
     config = write_run(folder, name, **settings)
     done = cluster.run("node1", [sys.executable, "-m", "ardtrain", "train", str(config)], cwd=folder, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:]
