@@ -14,17 +14,15 @@ from ardtrain.ablation import AblationScorer
 from ardtrain.adapters import AdapterLinear, DenseLinear, Form, attach, attach_dense, bind_arena, first_dense
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, head_linears
-from ardtrain.collectives import World
 from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
 from ardtrain.engines import BackboneEngine
-from ardtrain.environment import ProcessIdentity
-from ardtrain.faults import StopCode, Watchdog
+from ardtrain.faults import StopCode
 from ardtrain.methods.base import Method
 from ardtrain.preflight import Prepared
 from ardtrain.report import draw_ranks
 from ardtrain.resize import LiveArena
 from ardtrain.schedule import LOSS_SCALE_START
-from ardtrain.session import Session, logger, loop_state
+from ardtrain.session import Session, Surroundings, logger, loop_state
 from ardtrain.trainer import LoopState, Trainer, tensor_digest
 
 EXPORT_SECONDS = 3600.0  # the watchdog's patience while the base is loaded once more
@@ -34,10 +32,9 @@ LOGITS_CHECK_BYTES = 4 << 30  # the exported adapter is run through PEFT where t
 class AdapterRun(Session):
     """Parts in the order in which they are built: method, checkpoint, arena, backbone, trainer."""
 
-    def __init__(
-        self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path, watchdog: Watchdog
-    ) -> None:
-        super().__init__(prepared, world, identity, run_dir, watchdog)
+    def __init__(self, prepared: Prepared, around: Surroundings) -> None:
+        super().__init__(prepared, around)
+        world, run_dir = self.world, self.run_dir
         config, shape = self.config, prepared.shape
         self.writer = checkpoint.Writer(
             run_dir, global_rank=world.global_rank, world_size=world.world_size, limit=config.save_total_limit
@@ -48,6 +45,7 @@ class AdapterRun(Session):
             checkpoint.check_writable(run_dir, checkpoint.state_bytes(layout, self.method.state_tensors()))
         self.resumed = self._find_checkpoint()
         self.state = self._first_state()
+        self.startup.mark("checkpoint")
         self.begin(self.state.step, is_new=self.resumed is None)
         self.arena = LiveArena(
             self.method,
@@ -57,7 +55,9 @@ class AdapterRun(Session):
             seed=config.seed,
             dense=shape.dense,
         )
+        self.startup.mark("adapters")
         self._build_backbone()
+        self.startup.mark("base")
         self.trainer = self._build_trainer()
 
     def _make_method(self, total_steps: int) -> Method:
@@ -161,8 +161,9 @@ class AdapterRun(Session):
             attempt = self.world.broadcast_text(self.writer.prepare(step) if self.world.is_main else "")
             snapshot = self.arena.capture()
             full = snapshot.full
-            for name, tensor in (("weights", full.master), ("moments", full.exp_avg), ("moments", full.exp_avg_sq)):
-                self.world.agree(name, tensor_digest(tensor), step=step)
+            if self.world.world_size > 1:  # one process has nothing to compare
+                for name, tensor in (("weights", full.master), ("moments", full.exp_avg), ("moments", full.exp_avg_sq)):
+                    self.world.agree(name, tensor_digest(tensor), step=step)
             layout, gates = self.arena.layout, self.method.gates(step)
             master = full.master
             self.writer.start(

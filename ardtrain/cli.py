@@ -8,37 +8,87 @@ from collections.abc import Callable, Sequence
 
 USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume_from_checkpoint=auto)
        ardtrain validate CONFIG [a.b=c ...]  check config, model shapes and data; loads no weights
+       ardtrain fetch CONFIG [a.b=c ...]     base and tokenizer into the hub's cache, for nodes without internet
+       ardtrain submit CONFIG --to slurm|pbs|hosts|mpi [--dry-run] [a.b=c ...]
+                                             write the job script into the run folder and submit it
+       ardtrain doctor [--hosts H] [CONFIG]  check this machine, or several hosts together
+       ardtrain status RUN_DIR ... [--json]  what a run is doing, from its files; of several a line each
+       ardtrain stop RUN_DIR [--wait [S]]    save and stop at the end of the step; --wait until it has (at most S s)
        ardtrain ranks RUN_DIR [OUT.png]      draw the ranks of a run
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
 
-On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]"""
+On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
+Without CONFIG: the file that ARDTRAIN_CONFIG names, else ./ardtrain.yaml"""
+DEFAULT_CONFIG = "ardtrain.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code. 2: the user's mistake, printed as one line each."""
     rest = _without_launcher_flags(list(sys.argv[1:] if arguments is None else arguments))
-    if not rest or rest[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stdout if rest else sys.stderr)
-        return 0 if rest else 2
-    verbs: dict[str, Callable[[str, list[str]], int]] = {
+    if rest and rest[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "validate": _validate,
+        "fetch": _fetch,
+        "submit": _submit,
+        "doctor": _doctor,
+        "status": _status,
+        "stop": _stop,
         "ranks": _ranks,
         "compare": _compare,
     }
-    verb = rest.pop(0) if rest[0] in verbs else "train"
-    if not rest:
-        print(f"ardtrain {verb}: which config? for example: ardtrain {verb} run.yaml\n\n{USAGE}", file=sys.stderr)
-        return 2
+    verb = rest.pop(0) if rest and rest[0] in verbs else "train"
     from ardtrain.config import ConfigError
 
     try:
-        return verbs[verb](rest[0], rest[1:])
-    except ConfigError as error:  # every process finds the same mistakes; one of them says so
-        if os.environ.get("RANK", "0") == "0":
-            text = f"ardtrain {verb}: {len(error.errors)} mistake(s)\n{error}"
-            print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a value may hold no valid text
+        return verbs[verb](rest)
+    except ConfigError as error:
+        _tell_mistakes(verb, error.errors)
         return 2
+
+
+def _tell_mistakes(verb: str, mistakes: Sequence[str]) -> None:
+    """Process 0 tells all; on each other host one process tells its own, which may be that host's alone."""
+    from ardtrain.environment import speaks_for
+    from ardtrain.faults import host_name
+
+    speaks = speaks_for(os.environ)
+    lines = [f"ardtrain {verb}: {len(mistakes)} mistake(s)", *mistakes]
+    if speaks == "host":
+        lines = [f"{host_name()}: {mistake.splitlines()[0]}" for mistake in mistakes]
+    if speaks != "nobody":
+        text = "\n".join(lines)
+        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a value may hold no valid text
+
+
+def with_config(arguments: list[str]) -> list[str]:
+    """The arguments with a config in front: the one given, or what ARDTRAIN_CONFIG names, or ./ardtrain.yaml.
+
+    Raises:
+        ConfigError: none of the three is there.
+    """
+    from ardtrain.config import ConfigError
+
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):
+        return arguments
+    default = os.environ.get("ARDTRAIN_CONFIG") or (DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None)
+    if default is None:
+        raise ConfigError(
+            ["no config: name one, for example `deepspeed --num_nodes 2 ardtrain/main.py train run.yaml`, or set "
+             f"ARDTRAIN_CONFIG, or put {DEFAULT_CONFIG} here"]
+        )  # fmt: skip
+    return [default, *arguments]
+
+
+def _one(arguments: list[str], verb: str, what: str) -> list[str]:
+    """The arguments, of which the first must be there. Raises ConfigError."""
+    from ardtrain.config import ConfigError
+
+    if not arguments:
+        raise ConfigError([f"which {what}? for example: ardtrain {verb} {what.replace(' ', '_')}"])
+    return arguments
 
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:
@@ -65,14 +115,19 @@ def _name_the_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _train(config: str, overrides: list[str]) -> int:
-    _name_the_accelerator()
-    from ardtrain.run import train
+def _train(arguments: list[str]) -> int:
+    config, *overrides = with_config(arguments)
+    from ardtrain.faults import held_signals
 
-    return train(config, overrides)
+    with held_signals():
+        _name_the_accelerator()
+        from ardtrain.run import train
+
+        return train(config, overrides)
 
 
-def _validate(config: str, overrides: list[str]) -> int:
+def _validate(arguments: list[str]) -> int:
+    config, *overrides = with_config(arguments)
     _name_the_accelerator()
     from ardtrain.run import validate
 
@@ -80,18 +135,51 @@ def _validate(config: str, overrides: list[str]) -> int:
     return 0
 
 
-def _compare(suite: str, overrides: list[str]) -> int:
+def _fetch(arguments: list[str]) -> int:
+    config, *overrides = with_config(arguments)
+    from ardtrain.fetching import fetch
+
+    return fetch(config, overrides)
+
+
+def _submit(arguments: list[str]) -> int:
+    from ardtrain.launching.submit import submit
+
+    return submit(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:  # names no accelerator: a login node's must not go to the hosts
+    from ardtrain.doctor import doctor
+
+    return doctor(arguments)
+
+
+def _status(arguments: list[str]) -> int:
+    from ardtrain.watch import status
+
+    return status(_one(arguments, "status", "run folder"))
+
+
+def _stop(arguments: list[str]) -> int:
+    from ardtrain.watch import stop
+
+    return stop(_one(arguments, "stop", "run folder"))
+
+
+def _compare(arguments: list[str]) -> int:
+    suite, *overrides = _one(arguments, "compare", "suite.yaml")
     _name_the_accelerator()
     from ardtrain.compare import compare
 
     return compare(suite, overrides)
 
 
-def _ranks(run_dir: str, rest: list[str]) -> int:
+def _ranks(arguments: list[str]) -> int:
     from pathlib import Path
 
     from ardtrain.report import draw_ranks
 
+    run_dir, *rest = _one(arguments, "ranks", "run folder")
     out = Path(rest[0]) if rest else Path(run_dir) / "ranks.png"
     draw_ranks(Path(run_dir) / "ranks.jsonl", out)
     print(out)

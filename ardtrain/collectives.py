@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,25 @@ LIMIT_BITS = 62
 CHUNK = 1 << 24  # numbers converted to fixed point at a time: bounds the temporary at 128 MiB
 
 
+def open_store(host: str, port: int, *, hosts_store: bool, name: str, timeout_seconds: float) -> dist.Store:
+    """A connection to the store of all processes, with keys of its own by `name`; process 0 hosts the store.
+
+    Under torchrun its agent hosts it. A connection is for one thread: a wait on it blocks the others.
+
+    Raises:
+        RuntimeError: the port is taken (process 0), or no store answers at `host` in time.
+    """
+    is_master = hosts_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        "localhost" if is_master else host,  # it listens on all interfaces
+        port,
+        is_master=is_master,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 @dataclass
 class World:
     """The processes of this run; all of them are data-parallel."""
@@ -36,10 +56,19 @@ class World:
     device: torch.device
 
     @classmethod
-    def join(cls, *, global_rank: int, world_size: int, device: torch.device, timeout_seconds: float) -> World:
-        """All processes must call this, with MASTER_ADDR and MASTER_PORT set in the environment."""
+    def join(
+        cls,
+        *,
+        global_rank: int,
+        world_size: int,
+        device: torch.device,
+        timeout_seconds: float,
+        store: dist.Store | None = None,
+    ) -> World:
+        """All processes must call this, with a store of `open_store`, or with MASTER_ADDR and MASTER_PORT set."""
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        store, _, _ = next(rendezvous("env://", global_rank, world_size, timeout=timeout))
+        if store is None:
+            store, _, _ = next(rendezvous("env://", global_rank, world_size, timeout=timeout))
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         dist.init_process_group(
             backend,
@@ -83,6 +112,23 @@ class World:
         assert values.dtype == torch.int64
         if self.world_size > 1:
             dist.all_reduce(values)
+
+    def all_reduce_bandwidth(self, num_bytes: int) -> float:
+        """Bytes per second that each process sends and takes in an all-reduce (NCCL's "bus bandwidth"). All must call.
+
+        Raises:
+            RuntimeError: the sum is wrong.
+        """
+        values = torch.ones(max(1, num_bytes // 4), device=self.device)
+        dist.all_reduce(values[:1])  # connections are made here
+        values[0] = 1.0
+        start = time.perf_counter()
+        dist.all_reduce(values)
+        least, most = values.aminmax()  # waits for the device
+        seconds = time.perf_counter() - start
+        if not least == most == self.world_size:
+            raise RuntimeError(f"an all-reduce of ones gave {least:g} to {most:g} instead of {self.world_size}")
+        return 2 * (self.world_size - 1) / self.world_size * values.nbytes / seconds
 
     def merge(self, values: Tensor) -> Tensor:
         """Adds tensors of which each element is non-zero on at most one process: exact. All must call this."""

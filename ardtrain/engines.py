@@ -13,7 +13,6 @@ import logging
 import math
 import pickle
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,36 +32,28 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_grad,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
     set_z3_leaf_modules,
 )
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from ardtrain.full_shards import MASTER, MOMENTS, Shards, read_shards
+
 FULL_NEEDS = (
     0,
     19,
     8,
 )  # DeepSpeed that drops a step whose gradient norm is not finite, at every stage; 0.19.3 does not
-LAYOUT_FILE = "layout.json"  # in a full engine's checkpoint: on how many processes and at which stage it was saved
-STALE_LOCK_SECONDS = 1800.0  # a compile of one op takes up to some minutes, more on a busy machine
+CUT_BY = ("sub_group_size", "round_robin_gradients", "parameter_alignment")  # settings of ZeRO that cut it otherwise
+LAYOUT_FILE = "layout.json"  # in a full engine's checkpoint: into which partitions it was cut
 
 
 def start_deepspeed(device: torch.device) -> None:
     """Hands DeepSpeed the process group that `collectives.World.join` made. All processes must call this."""
     with quiet():
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False)
-
-
-def remove_stale_locks(folder: Path) -> list[Path]:
-    """Removes lock files that a killed compile of an op left behind: the next start would wait for them for ever.
-
-    folder: where torch builds extensions (TORCH_EXTENSIONS_DIR). One process a machine calls this, before any op loads.
-    """
-    stale = [p for p in folder.glob("**/lock") if time.time() - p.stat().st_mtime > STALE_LOCK_SECONDS]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return stale
 
 
 @contextlib.contextmanager
@@ -446,11 +437,13 @@ class FullEngine:
             (folder / tag / LAYOUT_FILE).write_text(json.dumps(self._layout()))
 
     def load(self, folder: Path, tag: str) -> None:
-        """What `save` wrote, into a new engine over the same model. It unpickles. All processes must call this.
+        """What `save` wrote, into a new engine over the same model; bits of masters, moments and step counter stay.
+
+        From another number of processes, ZeRO stage or cut each process reads its numbers out of all files. Either road
+        unpickles. All processes must call this.
 
         Raises:
-            ValueError: it was saved by another number of processes or ZeRO stage, or is not there, or the optimizer is
-                on NVMe.
+            ValueError: it is not there, is another model's, or the optimizer is on NVMe.
         """
         path = folder / tag
         if not self.resumable:
@@ -460,21 +453,84 @@ class FullEngine:
             )
         if not (path / LAYOUT_FILE).is_file():
             raise ValueError(f"{path} is no complete DeepSpeed checkpoint of this program ({LAYOUT_FILE} is missing)")
-        saved, own = json.loads((path / LAYOUT_FILE).read_text()), self._layout()
-        different = [name for name in own if saved[name] != own[name]]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{path} was saved with {name}={saved[name]}, this run has {own[name]}; method=full resumes on the "
-                "same number of processes and ZeRO stage only"
-            )
+        saved = json.loads((path / LAYOUT_FILE).read_text())
+        if saved != self._layout():
+            self._take(read_shards(path, processes=saved["processes"], stage=saved["stage"]), path)
+            return
         with quiet():
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         if loaded is None:
             raise ValueError(f"{path} holds no DeepSpeed checkpoint; take another one")
 
-    def _layout(self) -> dict[str, int]:
-        return {"processes": int(self._engine.dp_world_size), "stage": self.stage}
+    def _take(self, shards: Shards, path: Path) -> None:
+        """Writes this process's part of masters and moments, the compute weights, and what DeepSpeed counts."""
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            if shards.numel(name) != numel:
+                raise ValueError(
+                    f"{path} holds {shards.numel(name)} numbers of {name}, the model has {numel}; resume with the "
+                    "model it was saved from"
+                )
+        self.release()
+        if shards.steps:
+            self._make_moments(shards.steps)
+        for name, parameter in trained.items():
+            self._take_parameter(parameter, name, shards)
+        for name, buffer in self.module.named_buffers():
+            if name in shards.weights:
+                buffer.copy_(shards.weights[name])
+        for name, count in shards.counters.items():
+            setattr(self._engine, name, count)
+        if self._engine.fp16_enabled():
+            for name, value in shards.scaler.items():
+                setattr(self._engine.optimizer, name, value)
+
+    def _make_moments(self, steps: int) -> None:
+        """Zeros for the moments, which torch's optimizer would make at its first step, and this step counter."""
+        optimizer = self._engine.optimizer
+        base = optimizer.optimizer
+        rows = [p for group in base.param_groups for p in group["params"]]
+        # ZeRO-3 hands the optimizer one array at a time, within a step only.
+        for flat in optimizer.fp32_partitioned_groups_flat if self.stage == 3 else rows:
+            step: Any = steps
+            if isinstance(base, torch.optim.AdamW):  # DeepSpeed's own counts in an integer
+                step = torch.tensor(float(steps), device=flat.device if base.defaults["fused"] else "cpu")
+            base.state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
+        if self.stage < 3:
+            optimizer._lazy_init_hp_params_optimizer_state()  # lets the parameters find their moments
+
+    @torch.no_grad()
+    def _take_parameter(self, parameter: Any, name: str, shards: Shards) -> None:
+        moments = MOMENTS if shards.steps else ()
+        if self.stage == 3:
+            size = parameter.partition_numel()
+            mine = {"begin": self._engine.global_rank * size, "numel": size}
+            safe_set_local_fp32_param(parameter, shards.read(name, MASTER, **mine))
+            for moment in moments:
+                safe_set_local_optimizer_state(parameter, shards.read(name, moment, **mine), moment)
+            # Wherever the weights lie (device, host, NVMe), gathering with a modifier writes them back there.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self._engine.global_rank == 0:
+                    parameter.copy_(shards.read(name, MASTER).view_as(parameter))
+            return
+        master = shards.read(name, MASTER)
+        parameter.copy_(master.view_as(parameter))
+        if parameter._hp_mapping is None:  # none of its numbers are in this process's partition
+            return
+        safe_set_full_fp32_param(parameter, master)
+        for moment in moments:
+            safe_set_full_optimizer_state(parameter, shards.read(name, moment), moment)
+
+    def _layout(self) -> dict[str, Any]:
+        """What two engines must have in common to read each other's files as they are."""
+        zero = self._engine.config["zero_optimization"]
+        return {
+            "processes": int(self._engine.dp_world_size),
+            "stage": self.stage,
+            "optimizer": type(self._engine.optimizer).__name__,
+            "cut": {name: zero[name] for name in CUT_BY if name in zero},
+        }
 
     def destroy(self) -> None:
         """Ends the engine. All processes must call this."""

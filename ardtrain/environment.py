@@ -11,6 +11,7 @@ import socket
 import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Literal
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -71,6 +72,24 @@ def export(identity: ProcessIdentity, environ: MutableMapping[str, str]) -> None
     for name, value in zip(TORCH_VARIABLES, values, strict=True):
         if value is not None:
             environ.setdefault(name, str(value))
+
+
+def job_id(environ: Mapping[str, str]) -> str | None:
+    """The batch system's name of this job, as its own commands take it; an array's element by its number."""
+    if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"  # SLURM_JOB_ID may name all of it
+    return environ.get("SLURM_JOB_ID") or environ.get("PBS_JOBID")
+
+
+def speaks_for(environ: Mapping[str, str]) -> Literal["run", "host", "nobody"]:
+    """For what this process prints a mistake that all may find: process 0 for the run, one on each other host."""
+    try:
+        identity = discover(environ)
+    except ValueError:  # the mistake may be this one
+        return "run" if environ.get("RANK", "0") == "0" else "nobody"
+    if identity.global_rank == 0:
+        return "run"
+    return "host" if identity.local_rank == 0 else "nobody"
 
 
 def _torch(environ: Mapping[str, str]) -> _Group | None:

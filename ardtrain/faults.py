@@ -8,11 +8,13 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,6 +23,12 @@ from typing import Any, Literal, Protocol, TextIO, cast
 EXIT_PEER_FAILED = 70  # EX_SOFTWARE
 EXIT_STALLED = 86
 ERROR_KEY = "ardtrain/error"
+
+# What gloo, NCCL and torch's store say where another process has ended; its own text is the cause, this is not.
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Socket closed|got 0 bytes|NCCL communicator was aborted"
+    r"|ncclRemoteError|remote process exit"
+)
 
 State = Literal["started", "requeue", "stopped", "finished", "failed"]
 
@@ -37,12 +45,36 @@ class StopCode(IntEnum):
 STATE_AFTER: dict[int, State] = {StopCode.NONE: "finished", StopCode.FILE: "stopped", StopCode.SIGNAL: "requeue"}
 
 
+_held: list[int] = []  # signals that came before a StopRequest could take them
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """Keeps SIGTERM and SIGUSR1 for the StopRequest to come, from before the seconds of importing and loading on.
+
+    They would end this process, and a preempted job that ends by itself is not requeued by its scheduler. Outside the
+    main thread, where signals cannot be taken, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _held.clear()
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    previous = {number: signal.signal(number, lambda number, frame: _held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
     """Whether somebody asked this run to save and stop: a signal, or a file `STOP` in the run folder.
 
     A handler only sets a flag, prints nothing (stdout may be a broken pipe, which once cost a checkpoint), and a
     second signal while saving changes nothing. A context manager, for the main thread; leaving it puts the old
-    handlers back.
+    handlers back. An error leaves the signals ignored: this process ends by itself and has to say why, while
+    launchers send SIGTERM to all as soon as one process has failed (seen with torchrun).
     """
 
     def __init__(
@@ -58,13 +90,14 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._set_flag)
+        self._signalled = any(number in self._signals for number in _held)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if error is None else signal.SIG_IGN)
         self._previous.clear()
 
     def _set_flag(self, number: int, frame: FrameType | None) -> None:
@@ -103,6 +136,39 @@ def write_status(run_dir: str | os.PathLike[str], state: State, step: int, **det
     replace_file(Path(run_dir) / "status", f"{state} {step}\n")
 
 
+def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `status.json` holds; empty where there is none, or no readable one."""
+    try:
+        record = json.loads((Path(run_dir) / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_failure(run_dir: str | os.PathLike[str], step: int | None, error: str) -> None:
+    """Write status `failed`, unless this start was refused before it began: then an earlier status stays.
+
+    Args:
+        step: None: not known, the step at which the run began.
+    """
+    earlier = read_status(run_dir)
+    begun = (earlier.get("state"), earlier.get("host"), earlier.get("pid")) == ("started", host_name(), os.getpid())
+    if earlier and not begun:
+        return
+    details = {key: value for key, value in earlier.items() if key not in ("state", "step", "time", "error")}
+    write_status(run_dir, "failed", earlier.get("step", 0) if step is None else step, **details, error=error)
+
+
+def host_name() -> str:
+    """This host's name, without its domain."""
+    return socket.gethostname().partition(".")[0]
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Does the error say no more than that another process has ended?"""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+
+
 class Store(Protocol):
     """The part of torch's key-value stores that the watchdog needs.
 
@@ -116,8 +182,8 @@ class Store(Protocol):
     def get(self, key: str, /) -> bytes:
         """Value of a key that is set."""
 
-    def set(self, key: str, value: str, /) -> None:
-        """Set the key for all processes."""
+    def compare_set(self, key: str, expected: str, value: str, /) -> bytes:
+        """Set the key for all processes if its value is `expected` ("": not set); returns what it is then."""
 
 
 class Watchdog:
@@ -139,6 +205,12 @@ class Watchdog:
         poll_seconds: float = 1.0,
         max_failed_polls: int = 3,
         store_seconds: float = 60.0,
+        first_text_seconds: float = 3.0,
+        process: str = "this process",
+        console: int | None = 2,
+        log: int | None = None,
+        last_words: int | None = None,
+        on_failure: Callable[[str], object] = lambda text: None,
         exit_process: Callable[[int], object] = os._exit,
     ) -> None:
         """Settings; `start()` starts the threads.
@@ -149,6 +221,11 @@ class Watchdog:
             stall_seconds: longest time between two `touch()`; None watches no stalls.
             max_failed_polls: polls in a row that raise before the store counts as gone.
             store_seconds: time without any answer (its host hangs or is cut off) after which it counts as gone.
+            first_text_seconds: how long a failure that looks like a consequence waits for the text of its cause.
+            process: what the others are told about a stall, such as `process 3 on node2 (log: PATH)`.
+            console, log: file descriptors that get the texts; stacks of a process that did not fail go to `log` only.
+            last_words: descriptor for one line when the store is gone, and with it the console of process 0.
+            on_failure: gets the text before this process is ended; it may fail, or take two seconds.
         """
         self._store = store
         self._hosts_store = hosts_store
@@ -156,6 +233,10 @@ class Watchdog:
         self._poll_seconds = poll_seconds
         self._max_failed_polls = max_failed_polls
         self._store_seconds = store_seconds
+        self._first_text_seconds = first_text_seconds
+        self._process = process
+        self._console, self._log, self._last_words = console, log, last_words
+        self._on_failure = on_failure
         self._exit_process = exit_process
         self._stopped = threading.Event()
         self._ending = threading.Lock()  # taken by whoever ends this process, never released
@@ -181,24 +262,40 @@ class Watchdog:
         """Say that this process goes on; `extra_seconds` for what takes longer (first step, save, evaluation)."""
         self._deadline = time.monotonic() + (self._stall_seconds or 0.0) + extra_seconds
 
-    def report(self, text: str) -> None:
-        """Hand this process's error text to all others, give them the time to read it, and stop watching.
+    def report(self, text: str, *, lost_peer: bool = False) -> str:
+        """Hand this process's error text to all others; returns the first one of the run, which may be another's.
 
         The first text stays: what fails later (a connection closed by the first one's end) is a consequence.
-        Print the text first, and end this process after it; this takes two polls. Never raises: the store may be
-        what broke.
+        Never raises: the store may be what broke. Show what it returns, then `linger`, then end this process.
+
+        Args:
+            lost_peer: the error looks like a consequence, so the cause's text gets some seconds to arrive.
         """
         if self._store is None:
-            return
-        if self._ending.acquire(blocking=False):  # else this process is being ended for another's error
-            _bounded(lambda: self._set_if_first(text))
-        time.sleep(self._poll_seconds * 2)
+            return text
+        if not self._ending.acquire(blocking=False):
+            time.sleep(10 + 2 * self._poll_seconds)  # a thread is ending this process for another's error
+            return text
+        wait_seconds = self._first_text_seconds if lost_peer else 0.0
+        first: list[str] = []
+        _bounded(lambda: first.append(self._first_text(text, wait_seconds)), wait_seconds + 2.0)
+        if not first:
+            self._say_last_words("does not answer")
+            return text
+        return first[0]
+
+    def linger(self) -> None:
+        """Give the others the time to read this process's report (two polls), and stop watching."""
+        if self._store is not None:
+            time.sleep(self._poll_seconds * 2)
         self.stop()
 
-    def _set_if_first(self, text: str) -> None:
+    def _first_text(self, own: str, wait_seconds: float) -> str:
         assert self._store is not None
-        if not self._store.check([ERROR_KEY]):
-            self._store.set(ERROR_KEY, text)
+        deadline = time.monotonic() + wait_seconds
+        while time.monotonic() < deadline and not self._store.check([ERROR_KEY]):
+            time.sleep(min(0.1, self._poll_seconds))
+        return self._store.compare_set(ERROR_KEY, "", own).decode(errors="replace")
 
     def _poll_store(self) -> None:
         assert self._store is not None
@@ -209,35 +306,70 @@ class Watchdog:
             except Exception as error:  # whatever the store raises when its host has gone
                 num_failed += 1
                 if num_failed >= self._max_failed_polls:
-                    self._end(f"ardtrain: the store on process 0 is gone ({error}); ending this process\n")
+                    self._end_without_store(f"is gone ({error})")
                 continue
             num_failed, self._last_answer = 0, time.monotonic()
             if text is not None:
-                linger = 2 * self._poll_seconds if self._hosts_store else 0.0
-                self._end(f"ardtrain: ending this process, because another one failed:\n{text}\n", linger)
+                self._end(text)
 
     def _watch_clock(self) -> None:
         while not self._stopped.wait(min(self._poll_seconds, (self._stall_seconds or 60.0) / 4)):
             now = time.monotonic()
             if self._store is not None and now - self._last_answer > self._store_seconds:
-                self._end(f"ardtrain: no answer from the store for {self._store_seconds:g} s; ending this process\n")
+                self._end_without_store(f"has not answered for {self._store_seconds:g} s")
             if self._stall_seconds is not None and now > self._deadline:
                 self._end_stalled()
 
-    def _end(self, text: str, linger_seconds: float = 0.0) -> None:
+    def _end(self, text: str) -> None:
         if self._stopped.is_set() or not self._ending.acquire(blocking=False):
             return
-        _bounded(lambda: _write_error(text))
-        time.sleep(linger_seconds)
+        self._write(f"\nardtrain: ending this process, because another one failed:\n{text}\n")  # below the bar
+        if self._log is not None:
+            self._write_stacks(self._log)  # where this process was when the other one failed
+        _bounded(lambda: self._on_failure(text))
+        self._let_others_read()
+        self._exit_process(EXIT_PEER_FAILED)
+
+    def _end_without_store(self, what: str) -> None:
+        if self._stopped.is_set() or not self._ending.acquire(blocking=False):
+            return
+        self._write(f"ardtrain: the store on process 0 {what}; ending this process\n")
+        self._say_last_words(what)
         self._exit_process(EXIT_PEER_FAILED)
 
     def _end_stalled(self) -> None:
         if self._stopped.is_set() or not self._ending.acquire(blocking=False):
             return
-        text = f"ardtrain: no step for {self._stall_seconds:g} s; stacks of all threads follow\n"
-        _bounded(lambda: _write_error(text))
-        _bounded(lambda: faulthandler.dump_traceback(2, all_threads=True))
+        text = f"{self._process}: no step for {self._stall_seconds:g} s"
+        self._write(f"\nardtrain: {text}; stacks of all threads follow\n")
+        for output in (self._console, self._log):
+            if output is not None:
+                self._write_stacks(output)
+        if self._store is not None:
+            _bounded(lambda: self._first_text(text, 0.0))
+        _bounded(lambda: self._on_failure(text))
+        self._let_others_read()
         self._exit_process(EXIT_STALLED)
+
+    def _let_others_read(self) -> None:
+        if self._hosts_store and self._store is not None:
+            time.sleep(2 * self._poll_seconds)
+
+    def _write(self, text: str) -> None:
+        for output in (self._console, self._log):
+            if output is not None:
+                _write_to(output, text)
+
+    def _write_stacks(self, output: int) -> None:
+        _bounded(lambda: faulthandler.dump_traceback(output, all_threads=True))
+
+    def _say_last_words(self, what: str) -> None:
+        if self._last_words is not None:
+            _write_to(
+                self._last_words,
+                f"ardtrain: {self._process}: the store on process 0 {what}, and process 0 with it: it was probably "
+                "killed, or its host was lost\n",
+            )
 
 
 def _bounded(action: Callable[[], object], seconds: float = 2.0) -> None:
@@ -252,11 +384,15 @@ def _bounded(action: Callable[[], object], seconds: float = 2.0) -> None:
     thread.join(seconds)
 
 
-def _write_error(text: str) -> None:
-    """Write to the process's own stderr; sys.stderr may be locked by the thread that hangs."""
-    data = text.encode(errors="replace")
-    while data:
-        data = data[os.write(2, data) :]
+def _write_to(output: int, text: str) -> None:
+    """Write to a file descriptor for at most some seconds; sys.stderr may be locked by the thread that hangs."""
+
+    def write() -> None:
+        data = text.encode(errors="replace")
+        while data:
+            data = data[os.write(output, data) :]
+
+    _bounded(write)
 
 
 class _GuardedStream:

@@ -12,16 +12,14 @@ import torch
 from ardtrain import checkpoint
 from ardtrain.arena import ArenaLayout
 from ardtrain.checkpoint import saving
-from ardtrain.collectives import World
 from ardtrain.config import ConfigError
 from ardtrain.engines import FullEngine, FullState
-from ardtrain.environment import ProcessIdentity
-from ardtrain.faults import StopCode, Watchdog
+from ardtrain.faults import StopCode
 from ardtrain.full import FullTrainer, write_model
 from ardtrain.preflight import Prepared
 from ardtrain.ranks import RankTable
 from ardtrain.resize import Snapshot
-from ardtrain.session import Session, logger, loop_state
+from ardtrain.session import Session, Surroundings, logger, loop_state
 from ardtrain.trainer import LoopState
 
 ENGINE_FOLDER = "deepspeed"
@@ -32,10 +30,9 @@ NO_PARTS: Any = lambda site: {}  # noqa: E731 - there are no sites
 class FullRun(Session):
     """Checkpoints are the engine's own (masters and moments of the whole model) beside our manifest, synchronous."""
 
-    def __init__(
-        self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path, watchdog: Watchdog
-    ) -> None:
-        super().__init__(prepared, world, identity, run_dir, watchdog)
+    def __init__(self, prepared: Prepared, around: Surroundings) -> None:
+        super().__init__(prepared, around)
+        world, run_dir = self.world, self.run_dir
         config, plan = self.config, prepared.plan
         assert plan.full is not None
         if world.is_main:
@@ -50,6 +47,7 @@ class FullRun(Session):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model
         self.engine = FullEngine(model, config=plan.full, adam=self.adam(), device=world.device)
+        self.startup.mark("base")
         if loaded is not None:
             self.engine.load(loaded.path, ENGINE_FOLDER)
         self.trainer = FullTrainer(

@@ -91,6 +91,26 @@ def from_nodefile(text: str, source: str = "PBS_NODEFILE") -> tuple[Host, ...]:
     return tuple(Host(name, slots) for name, slots in Counter(names).items())
 
 
+def expand_nodelist(text: str) -> tuple[str, ...]:
+    """The names in Slurm's compressed list: `gpu[08-10,12],login1` gives gpu08, gpu09, gpu10, gpu12, login1. Pure."""
+    names: list[str] = []
+    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text.strip()):
+        expanded = [""]
+        for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", entry):
+            pieces = [plain] if plain else [number for part in ranges.split(",") for number in _numbers(part)]
+            expanded = [before + piece for before in expanded for piece in pieces]
+        names += expanded
+    return tuple(names)
+
+
+def _numbers(part: str) -> list[str]:
+    """`08-10` -> 08, 09, 10; `7` -> 7."""
+    first, _, last = part.partition("-")
+    if not last:
+        return [first]
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+
+
 def unequal_slots(hosts: tuple[Host, ...]) -> str | None:
     """Why these hosts cannot start one run together, or None: DeepSpeed wants as many processes on each. Pure."""
     if len({host.slots for host in hosts}) <= 1:

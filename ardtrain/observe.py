@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -24,6 +24,14 @@ from ardtrain.faults import replace_file
 RECORDS = ("metrics.jsonl", "ranks.jsonl")
 
 _logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What takes the metrics as well (trackers.Trackers); it raises nothing."""
+
+    def metrics(self, step: int, record: Mapping[str, Any], /) -> None: ...
+
+    def close(self, *, failed: bool) -> None: ...
 
 
 class RunLog:
@@ -37,6 +45,7 @@ class RunLog:
         num_steps: int,
         first_step: int = 0,
         show_bar: bool = True,
+        trackers: Callable[[], Tracker] | None = None,
     ) -> None:
         """Open the run's files for appending; first a resumed run cuts off what is beyond `first_step`, a new one all.
 
@@ -44,14 +53,17 @@ class RunLog:
             num_steps: optimizer steps of the whole run, the bar's end.
             first_step: steps done already (the step of the checkpoint resumed from; 0 for a new run).
             show_bar: False writes the records only.
+            trackers: starts what gets the metrics as well; on the main process alone.
         """
         self._is_main = is_main
         self._lost: dict[Path, int] = {}  # lines in a row that the disk did not take
         self._bar: Any = None
+        self._tracker: Tracker | None = None
         if not is_main:
             return
         self._metrics_path, self._ranks_path = (Path(run_dir) / name for name in RECORDS)
         cut_back(run_dir, first_step if first_step > 0 else -1)
+        self._tracker = None if trackers is None else trackers()
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not show_bar, mininterval=0.5
         )
@@ -62,12 +74,14 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
     def metrics(self, step: int, record: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`. Numbers keep all their digits; nan and infinity become null."""
         if self._is_main:
             self._append(self._metrics_path, {"step": step, **record})
+            if self._tracker is not None:
+                self._tracker.metrics(step, _plain(record))
 
     def ranks(self, step: int, record: Mapping[str, Any]) -> None:
         """Append one line to `ranks.jsonl`: line 0 holds the full table, each later one an event's changes."""
@@ -99,8 +113,11 @@ class RunLog:
             with contextlib.suppress(OSError):  # a broken pipe ends no run
                 tqdm.write(text)
 
-    def close(self) -> None:
-        """Leave the bar as it stands; the records need no closing."""
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the bar as it stands; the records need no closing, trackers do."""
+        if self._tracker is not None:
+            self._tracker.close(failed=failed)
+            self._tracker = None
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -194,16 +211,45 @@ def _keep_discarded(path: Path, lines: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def start_logging(run_dir: str | os.PathLike[str], *, global_rank: int, level: str = "INFO") -> Callable[[], None]:
-    """Send every logger's lines to `logs/process-0003.log` (process 3), and ours also to process 0's console.
+class ProcessLog:
+    """The log file of this process, `logs/process-0003.log` of process 3, while it is open."""
 
-    Returns:
-        A function that takes the handlers away again and closes the file.
-    """
+    def __init__(self, path: Path, file: logging.FileHandler, undo: Callable[[], None]) -> None:
+        self.path, self._undo = path, undo
+        # For those that write past Python's logging, as C++ and faulthandler do.
+        assert file.stream is not None
+        self.descriptor: int = file.stream.fileno()
+
+    def take_streams(self) -> int | None:
+        """From now on stdout and stderr go to this file, C++'s and those of child processes too.
+
+        Returns:
+            A descriptor of what was stderr before; None where there was none.
+        """
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError):  # AttributeError: no stream, or one of another kind
+                stream.flush()
+                stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        try:
+            before = os.dup(2)
+        except OSError:
+            before = None
+        for number in (1, 2):
+            os.dup2(self.descriptor, number)
+        return before
+
+    def close(self) -> None:
+        """Take the handlers away and close the file; streams that it took keep it open."""
+        self._undo()
+
+
+def start_logging(run_dir: str | os.PathLike[str], *, global_rank: int, level: str = "INFO") -> ProcessLog:
+    """Send every logger's lines to `logs/process-0003.log` (process 3), and ours also to process 0's console."""
     folder = Path(run_dir) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     layout = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    file = _LogFile(folder / f"process-{global_rank:04d}.log", encoding="utf-8")
+    path = folder / f"process-{global_rank:04d}.log"
+    file = _LogFile(path, encoding="utf-8")
     file.setFormatter(layout)
     ours = logging.getLogger("ardtrain")
     old_level = ours.level
@@ -223,7 +269,7 @@ def start_logging(run_dir: str | os.PathLike[str], *, global_rank: int, level: s
                 handler.close()
         ours.setLevel(old_level)
 
-    return undo
+    return ProcessLog(path, file, undo)
 
 
 class _LogFile(logging.FileHandler):
@@ -240,6 +286,35 @@ class _AboveTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
             tqdm.write(self.format(record))
+
+
+class Startup:
+    """Seconds from this process's birth to its first step, by cause."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic() - _age_seconds()
+
+    def mark(self, name: str) -> None:
+        """What has passed since the last mark went to `name`."""
+        now = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def text(self) -> str:
+        """One line, the longest first."""
+        parts = sorted(self.seconds.items(), key=lambda item: -item[1])
+        return f"start {sum(self.seconds.values()):.1f} s: " + ", ".join(f"{name} {value:.1f}" for name, value in parts)
+
+
+def _age_seconds() -> float:
+    """How long this process has lived, from Linux's /proc; 0 where there is none."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 class Clock:

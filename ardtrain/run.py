@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,11 +21,12 @@ from ardtrain.collectives import World
 from ardtrain.config import ConfigError, RunConfig
 from ardtrain.environment import ProcessIdentity, discover
 from ardtrain.environment import export as export_identity
-from ardtrain.faults import Watchdog, guard_streams, write_status
+from ardtrain.faults import EXIT_PEER_FAILED, StopRequest, Watchdog, guard_streams, host_name, lost_peer, write_failure
 from ardtrain.full_run import FullRun
-from ardtrain.observe import start_logging
+from ardtrain.observe import ProcessLog, Startup, start_logging
 from ardtrain.preflight import prepare
-from ardtrain.session import Session, logger
+from ardtrain.session import Session, Surroundings, logger
+from ardtrain.trackers import check_trackers
 
 LOADING_SECONDS = 4 * 3600.0  # the watchdog's patience before the first step: 70B from a slow disk takes its time
 OUT_OF_MEMORY = (
@@ -51,6 +55,7 @@ def refuse_used_folder(config: RunConfig) -> None:
 def validate(path: str | Path, overrides: Sequence[str]) -> str:
     """`ardtrain validate CONFIG`: all checks, no weights; returns the summary. Raises ConfigError."""
     prepared = prepare(path, overrides, world_size=1)
+    check_trackers(prepared.config)
     tokenizer = preflight.tokenizer_of(prepared.config)
     data, _ = preflight.open_data(prepared.config, tokenizer, prepared.shape.labels)
     preflight.open_allocation_data(prepared.config, tokenizer, prepared.shape.labels)
@@ -60,57 +65,132 @@ def validate(path: str | Path, overrides: Sequence[str]) -> str:
 def train(path: str | Path, overrides: Sequence[str]) -> int:
     """`ardtrain train CONFIG` on this process; returns the exit code. All processes of the run call it."""
     guard_streams()
+    startup = Startup()
+    startup.mark("imports")
     _put_own_tools_first()
-    identity = discover(os.environ)
+    try:
+        identity = discover(os.environ)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     export_identity(identity, os.environ)
     device = _device(identity)
     prepared = prepare(path, overrides, world_size=identity.world_size)
     config = prepared.config
+    check_trackers(config)
+    startup.mark("config and shapes")
     refuse_used_folder(config)
     torch.set_num_threads(config.num_threads)
     if config.reproducible:
         _choose_deterministic_kernels(device)
     run_dir = Path(config.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    world = World.join(
-        global_rank=identity.global_rank,
-        world_size=identity.world_size,
-        device=device,
-        timeout_seconds=config.collective_timeout_seconds,
-    )
-    watchdog = Watchdog(world.watchdog_store(), hosts_store=world.is_main, stall_seconds=config.watchdog_seconds)
-    watchdog.start()
-    watchdog.touch(LOADING_SECONDS)
-    end_logging = start_logging(run_dir, global_rank=identity.global_rank)
-    run: Session | None = None
     try:
-        kind = FullRun if config.method == "full" else AdapterRun
-        run = kind(prepared, world, identity, run_dir, watchdog)
-        run.execute()
-        world.barrier("end of the run")
+        process = Process(identity, run_dir, config.watchdog_seconds)
+    except OSError as error:
+        raise ConfigError([f"output_dir={run_dir}: no log can be written ({error}); choose another folder"]) from error
+    try:
+        with StopRequest(run_dir, reads_file=process.is_main, signals=config.preemption_signal) as stop_request:
+            world, watchdog = process.join(device, config.collective_timeout_seconds)
+            startup.mark("meeting")
+            kind = FullRun if config.method == "full" else AdapterRun
+            process.run = kind(prepared, Surroundings(world, identity, run_dir, watchdog, stop_request, startup))
+            process.run.execute()
+            world.barrier("end of the run")
     except BaseException as error:
-        mistake = isinstance(error, ValueError)
-        text = f"process {identity.global_rank}: {error if mistake else traceback.format_exc()}"
-        if isinstance(error, torch.OutOfMemoryError):
-            text += OUT_OF_MEMORY
-        logger.error(text)  # into this process's file, and on process 0 to the console
-        if not world.is_main:
-            print(text, file=sys.stderr)
-        if world.is_main:
-            with contextlib.suppress(OSError):  # a full disk must not keep the text from the others
-                write_status(run_dir, "failed", _step_of(run), error=str(error))
-        watchdog.report(text)
         # The others may hang in a collective that this process will never join; leaving the group could hang as well.
-        _exit_at_once(2 if mistake else 1)
+        _exit_at_once(process.failed(error))
     watchdog.stop()
-    end_logging()
+    process.log.close()
     world.leave()
     return 0
 
 
-def _step_of(run: Session | None) -> int:
-    trainer = getattr(run, "trainer", None)
-    return trainer.state.step if trainer is not None else 0
+class Process:
+    """This process among those of its run: its log, its watchdog, and what is told of its failure, where."""
+
+    watchdog: Watchdog | None = None
+    run: Session | None = None
+
+    def __init__(self, identity: ProcessIdentity, run_dir: Path, stall_seconds: float | None) -> None:
+        """Begins the log; all but process 0 leave the console."""
+        self.identity, self.run_dir, self.stall_seconds = identity, run_dir, stall_seconds
+        self.is_main = identity.global_rank == 0
+        self.log: ProcessLog = start_logging(run_dir, global_rank=identity.global_rank)
+        self.console = 2 if self.is_main else self.log.take_streams()
+        faulthandler.enable(2)
+        self.name = f"process {identity.global_rank} on {host_name()}"
+
+    def join(self, device: torch.device, timeout_seconds: float) -> tuple[World, Watchdog]:
+        """Meets the other processes. All processes must call this."""
+        identity = self.identity
+        world = World.join(
+            global_rank=identity.global_rank,
+            world_size=identity.world_size,
+            device=device,
+            timeout_seconds=timeout_seconds,
+        )
+        # Without process 0 there is no console: the next process speaks, and the first one of the next host.
+        speaks = identity.global_rank in (1, identity.local_world_size)
+        self.watchdog = Watchdog(
+            world.watchdog_store(),
+            hosts_store=self.is_main,
+            stall_seconds=self.stall_seconds,
+            process=f"{self.name} (log: {self.log.path})",
+            console=2 if self.is_main else None,
+            log=self.log.descriptor,
+            last_words=self.console if speaks else None,
+            on_failure=self._write_failure,
+        )
+        self.watchdog.start()
+        self.watchdog.touch(LOADING_SECONDS)
+        return world, self.watchdog
+
+    def failed(self, error: BaseException) -> int:
+        """Tells the run's first failure, which may be another process's, and returns this one's exit code.
+
+        All of it goes to this process's log; the console of process 0 shows the first text and at most one line more.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher, before all is told
+        consequence, own = lost_peer(error), self._text(error)
+        if consequence or not self.is_main:
+            logging.getLogger("failure").error("%s", own)  # not one of ours: into the log, not to the console
+        text = self._lost_peer_text(error) if consequence else own
+        first = text if self.watchdog is None else self.watchdog.report(text, lost_peer=consequence)
+        if self.is_main:
+            logger.error("%s", first)
+            if first.splitlines()[-1] != text.splitlines()[-1]:  # else all met the same mistake at once
+                logger.error("%s then ended: %s", self.name, _in_one_line(error))
+            self._write_failure(first)
+        if self.watchdog is not None:
+            self.watchdog.linger()
+        elif self.console is not None and self.identity.local_rank == 0 and not self.is_main:  # it met no process 0
+            with contextlib.suppress(OSError):
+                os.write(self.console, f"{self.name}: {_in_one_line(error)} (log: {self.log.path})\n".encode())
+        if consequence:
+            return EXIT_PEER_FAILED
+        return 2 if isinstance(error, ValueError) else 1
+
+    def _text(self, error: BaseException) -> str:
+        what = str(error) if isinstance(error, ValueError) else "".join(traceback.format_exception(error)).rstrip()
+        text = f"{self.name} failed (log: {self.log.path}):\n{what}"
+        return f"{text}\n{OUT_OF_MEMORY}" if isinstance(error, torch.OutOfMemoryError) else text
+
+    def _lost_peer_text(self, error: BaseException) -> str:
+        return (
+            f"{self.name} lost the connection to another process, and none has said why. That one was probably killed "
+            "(kill -9, its host's memory ran out, its host was lost); its log, or the batch system, may tell\n"
+            f"{_in_one_line(error)} (log: {self.log.path})"
+        )
+
+    def _write_failure(self, text: str) -> None:
+        """Status `failed`; process 0 alone. A full disk must not keep the text from the others."""
+        if self.is_main:
+            trainer = getattr(self.run, "trainer", None)
+            with contextlib.suppress(OSError):
+                write_failure(self.run_dir, None if trainer is None else trainer.state.step, text)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _exit_at_once(code: int) -> NoReturn:

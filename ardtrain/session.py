@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,34 @@ from ardtrain.backbones import DTYPES, init_head, load_model
 from ardtrain.collectives import World
 from ardtrain.config import RunConfig, dump_config, num_warmup_steps
 from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE
-from ardtrain.engines import AdamSettings, remove_stale_locks, start_deepspeed
+from ardtrain.engines import AdamSettings, start_deepspeed
 from ardtrain.environment import ProcessIdentity, job_id
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, host_name, replace_file, write_status
 from ardtrain.fingerprint import fingerprint, hub_weight_files
-from ardtrain.observe import RunLog
+from ardtrain.observe import RunLog, Startup
+from ardtrain.ops import extensions_folder, remove_stale_locks
 from ardtrain.preflight import Prepared
 from ardtrain.records import Records
-from ardtrain.trainer import Hooks, LoopSettings, LoopState, Trainer
+from ardtrain.trackers import Trackers
+from ardtrain.trainer import Hooks, LoopSettings, LoopState, StepResult, Trainer
 
 SIGNAL_FLAG = 1 << 20  # stop requests travel as a sum: STOP file 1, a signal SIGNAL_FLAG, over all processes
 STARTED = time.monotonic()  # of this process, near enough: max_hours counts from here
 
 logger = logging.getLogger("ardtrain")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a process has before its run is built."""
+
+    world: World
+    place: ProcessIdentity
+    run_dir: Path
+    watchdog: Watchdog
+    stop_request: StopRequest
+    startup: Startup
 
 
 class Session(ABC):
@@ -41,20 +56,20 @@ class Session(ABC):
     trainer: Trainer
     resumed: checkpoint.Loaded | None
 
-    def __init__(
-        self, prepared: Prepared, world: World, identity: ProcessIdentity, run_dir: Path, watchdog: Watchdog
-    ) -> None:
+    def __init__(self, prepared: Prepared, around: Surroundings) -> None:
         """All processes must call this."""
+        world, run_dir, identity = around.world, around.run_dir, around.place
         self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, run_dir
-        self.watchdog = watchdog
+        self.watchdog, self.stop_request, self.startup = around.watchdog, around.stop_request, around.startup
         self.launcher = identity.source
         self.best_step = -1  # of the best evaluation; `best` names the checkpoint of the same step, if there is one
         config, shape = self.config, prepared.shape
         if identity.local_rank == 0:
-            for lock in remove_stale_locks(_extensions_folder()):
+            for lock in remove_stale_locks(extensions_folder()):
                 logger.warning("removed %s, left by a compile that was killed", lock)
         world.barrier("ops may be built")
         start_deepspeed(world.device)
+        self.startup.mark("DeepSpeed's ops")
         self.tokenizer = preflight.tokenizer_of(config)
         if identity.local_rank == 0:
             preflight.open_data(config, self.tokenizer, shape.labels)
@@ -63,6 +78,7 @@ class Session(ABC):
         self.allocation_data = preflight.open_allocation_data(config, self.tokenizer, shape.labels)
         self.identity = run_identity(prepared, self.data.fingerprint)
         world.agree("config, model or data", _digest(dump_config(config), shape, self.identity), step=0)
+        self.startup.mark("rows")
         if world.is_main:
             for note in checkpoint.clean(run_dir):
                 logger.warning(note)
@@ -128,21 +144,17 @@ class Session(ABC):
     def execute(self) -> None:
         """Trains, saves, exports. All processes must call this."""
         trainer = self.trainer
-        with (
-            RunLog(
-                self.run_dir,
-                is_main=self.world.is_main,
-                num_steps=self.data.num_steps,
-                first_step=trainer.state.step,
-            ) as self.log,
-            StopRequest(
-                self.run_dir, reads_file=self.world.is_main, signals=self.config.preemption_signal
-            ) as self.stop_request,
-        ):
+        with RunLog(
+            self.run_dir,
+            is_main=self.world.is_main,
+            num_steps=self.data.num_steps,
+            first_step=trainer.state.step,
+            trackers=lambda: Trackers(self.config, self.run_dir, first_step=trainer.state.step),
+        ) as self.log:
             self.records = Records(self.run_dir, self.log, trainer, self.config)
             self.announce()
             trainer.hooks = Hooks(
-                on_step=self.records.step,
+                on_step=self._on_step,
                 on_event=self.records.event,
                 on_evaluate=self._on_evaluate,
                 save=self.save,
@@ -172,6 +184,13 @@ class Session(ABC):
         out_of_time = limit is not None and self.world.is_main and time.monotonic() - STARTED > limit * 3600
         code = self.stop_request.requested()
         return SIGNAL_FLAG if code is StopCode.SIGNAL or out_of_time else int(code)
+
+    def _on_step(self, result: StepResult) -> None:
+        self.records.step(result)
+        if self.startup.seconds.get("first step") is None:
+            self.startup.mark("first step")
+            logger.info("%s", self.startup.text())
+            self.log.metrics(result.step + 1, {"startup_seconds": self.startup.seconds})
 
     def _on_evaluate(self, step: int, held_out: HeldOut) -> None:
         self.records.evaluation(step, held_out)
@@ -253,13 +272,6 @@ def loop_state(stored: dict[str, Any]) -> LoopState:
     """The loop's state from a checkpoint; what an older one lacks has its default."""
     known = LoopState.__dataclass_fields__
     return LoopState(**{name: value for name, value in stored.items() if name in known})
-
-
-def _extensions_folder() -> Path:
-    """Where torch builds DeepSpeed's ops at first use."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def _versions() -> dict[str, str]:

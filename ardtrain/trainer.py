@@ -26,7 +26,7 @@ from ardtrain.ranks import named_seed
 from ardtrain.resize import LiveArena, ResizeRecord
 
 LOSS_SCALE_MIN = 2.0  # of fp16; 1 means no scaling and stays
-DIGEST_CHUNK = 1 << 22  # numbers
+DIGEST_CHUNK = 1 << 18  # numbers
 MAX_REPEATS = 64  # of one step, to find an exponent or a loss scale; each lowers one of them
 
 

@@ -45,7 +45,7 @@ class LauncherBlock(Block):
     """Before python, such as apptainer exec --nv image.sif."""
     python: str | None = None
     """Path of Python on the nodes; None: the one that submits."""
-    network_interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.:,=^-]+$")
+    network_interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+(,[A-Za-z0-9_.-]+)*$")
     """For NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, such as ib0; None: they choose."""
     cache_dir: str = "/tmp/ardtrain-$(id -un)"
     """For compiled ops and kernels, on a disk of each node; variables that are set already win."""

@@ -21,6 +21,16 @@ NEEDS_BLOCK = {  # method -> settings of its block that have no default
 SIGNALS = Literal["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"]
 
 
+def _without_none(value: object) -> object:
+    """Hugging Face's report_to: none."""
+    return () if value in ("none", None) else tuple_of(value)
+
+
+def _off(value: object) -> object:
+    """YAML 1.1 reads a bare off as false."""
+    return "off" if value is False else value
+
+
 class TargetBlock(Block):
     """Adapter settings of one tower; what is left out follows the top level."""
 
@@ -300,13 +310,17 @@ class RunConfig(Block):
     eval_steps: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)
     logging_steps: int = Field(default=10, ge=1)
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_without_none)] = ()
+    """Trackers that get the numbers of metrics.jsonl as well; each needs its package."""
+    run_name: str | None = None
+    """The run's name in W&B; none: W&B makes one."""
     save_steps: int | None = Field(default=None, ge=1)
     save_total_limit: int | None = Field(default=None, ge=1)
     resume_from_checkpoint: str | None = None
     """auto, or a checkpoint's path."""
     init_from: str | None = None
     """Folder of a PEFT adapter (LoRA or AdaLoRA) to start from: its weights and ranks, no moments."""
-    zero_checkpoint: Literal["last", "all", "off"] = "last"
+    zero_checkpoint: Annotated[Literal["last", "all", "off"], BeforeValidator(_off)] = "last"
     """When DeepSpeed's own checkpoint of the trained numbers is written beside ours: with the last and at stops."""
     allow_pickle: bool = False
     """Resume from DeepSpeed's own files where ours are missing; they are pickles and can run code."""

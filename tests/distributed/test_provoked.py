@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from ardtrain.faults import host_name
 from tests.distributed.processes import run_processes
 from tests.runs import write_run
 
@@ -34,7 +35,8 @@ def test_a_process_that_raises_in_mid_forward_ends_all_with_its_traceback(tmp_pa
     seconds = time.time() - float(failed_at.read_text())
     assert all(code not in (0, -9) for code in ended.codes), ended.text()
     assert seconds < 20, f"{seconds:.0f} s\n{ended.text()}"
-    for output in ended.outputs:
-        assert "process 1:" in output, ended.text()
-        assert "FloatingPointError: provoked in mid-forward" in output, ended.text()
+    log = tmp_path / "run" / "logs" / "process-0001.log"
+    for text in (ended.outputs[0], log.read_text()):  # the console of process 0, and the log of process 1
+        assert f"process 1 on {host_name()} failed (log: {log}):" in text, ended.text()
+        assert "FloatingPointError: provoked in mid-forward" in text, ended.text()
     assert not [p for p in os.listdir(tmp_path / "run") if p.startswith(("checkpoint", "adapter"))]

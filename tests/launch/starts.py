@@ -79,7 +79,7 @@ def become(start, rank, log):
 
 def ask_for_a_stop(start):
     """Lets process 0 ask itself."""
-    from ardtrain import ablation, evaluation, trainer
+    from ardtrain import ablation, evaluation, full, trainer
 
     calls = 0
 
@@ -97,7 +97,8 @@ def ask_for_a_stop(start):
 
     if "stop_after" in start:
         stop = Path(json.loads(Path(start["config"]).read_text())["output_dir"]) / "STOP"
-        counting(trainer.Trainer, "train_step", start["stop_after"], stop.touch)
+        for owner in (trainer.Trainer, full.FullTrainer):
+            counting(owner, "train_step", start["stop_after"], stop.touch)
     if "stop_in" in start:
         name, wanted = start["stop_in"]
         owner = {"grain": (trainer.Trainer, "_grain"), "evaluation": (evaluation, "_record_logits"),

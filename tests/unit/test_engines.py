@@ -10,16 +10,15 @@ from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import find_sites
 from ardtrain.engines import (
-    STALE_LOCK_SECONDS,
     AdamSettings,
     AdapterEngine,
     BackboneEngine,
     FullState,
     quiet,
-    remove_stale_locks,
 )
 from ardtrain.evaluation import token_loss_sum
 from ardtrain.methods.elalora import ElaLora
+from ardtrain.ops import STALE_LOCK_SECONDS, remove_stale_locks
 from ardtrain.ranks import RankTable
 from tests.tiny import CPU, ELALORA, TokenBatches, adapter_config, backbone_config, equal_bits, tiny_llama
 

@@ -43,3 +43,37 @@ def test_command_line_starts_as_a_module():
         [sys.executable, "-m", "ardtrain", "--help"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "speaks"),
+    [
+        ({}, "run"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "run"),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, "host"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "nobody"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, "host"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, "nobody"),
+        ({"RANK": "0"}, "run"),  # incomplete, which may be the mistake itself
+        ({"RANK": "3"}, "nobody"),
+    ],
+)
+def test_one_process_a_host_tells_mistakes(tmp_path, capsys, monkeypatch, variables, speaks):
+    from ardtrain.cli import main
+    from ardtrain.faults import host_name
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    complete = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"} if "LOCAL_RANK" in variables else {}
+    for name, value in (address | complete | variables).items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "run.yaml"  # is not there
+    assert main(["validate", str(config)]) == 2
+    error = capsys.readouterr().err
+    if speaks == "nobody":
+        assert error == ""
+    else:
+        head = "ardtrain validate: 1 mistake(s)\n" if speaks == "run" else f"{host_name()}: "
+        assert error.startswith(head) and str(config) in error
+        assert error.count("\n") == (2 if speaks == "run" else 1)

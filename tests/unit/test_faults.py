@@ -3,23 +3,39 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from ardtrain.faults import ERROR_KEY, STATE_AFTER, StopCode, StopRequest, Watchdog, guard_streams, write_status
+from ardtrain import faults
+from ardtrain.faults import (
+    ERROR_KEY,
+    STATE_AFTER,
+    StopCode,
+    StopRequest,
+    Watchdog,
+    guard_streams,
+    host_name,
+    lost_peer,
+    read_status,
+    write_failure,
+    write_status,
+)
 
 STORES = """
-import sys, time
+import os, sys, time
 from ardtrain.faults import ERROR_KEY, Watchdog
 
 class Memory(dict):
     def check(self, keys): return all(key in self for key in keys)
     def get(self, key): return self[key]
     def set(self, key, value): self[key] = value
+    def compare_set(self, key, expected, value): return self.setdefault(key, value.encode())
 
 class Gone(Memory):
     def check(self, keys): raise ConnectionError("Connection reset by peer")
+    def compare_set(self, *_): raise ConnectionError("Connection reset by peer")
 
 class Silent(Memory):
     def check(self, keys): time.sleep(100)
@@ -44,8 +60,9 @@ class MemoryStore(dict):
     def check(self, keys):
         return all(key in self for key in keys)
 
-    def set(self, key, value):
-        self[key] = value
+    def compare_set(self, key, expected, value):
+        assert expected == ""
+        return self.setdefault(key, value.encode())
 
 
 def test_stop_file_counts_on_process_0_only_and_is_removed_after_the_stop(tmp_path):
@@ -70,6 +87,20 @@ def test_signal_sets_the_flag_and_the_old_handler_comes_back(tmp_path):
     assert [STATE_AFTER[code] for code in StopCode] == ["finished", "stopped", "requeue"]
 
 
+def test_a_process_that_fails_has_the_time_to_say_why(tmp_path):
+    body = f"""
+import signal
+from ardtrain.faults import StopRequest
+try:
+    with StopRequest({str(tmp_path)!r}, reads_file=True):
+        raise FloatingPointError("boom")
+except FloatingPointError as error:
+    os.kill(os.getpid(), signal.SIGTERM)  # the launcher's
+    sys.exit(str(error))
+"""
+    assert run_python(body)[:2] == (1, "boom\n")
+
+
 def test_status_is_one_line_beside_its_details(tmp_path):
     write_status(tmp_path, "started", 0)
     write_status(tmp_path, "failed", 7, error="loss is nan", path=tmp_path)
@@ -84,6 +115,32 @@ def test_status_line_is_written_last(tmp_path):
     with pytest.raises(OSError, match="status.json"):
         write_status(tmp_path, "finished", 9)
     assert not (tmp_path / "status").exists()
+
+
+def test_a_failure_keeps_what_the_start_has_said(tmp_path):
+    assert read_status(tmp_path) == {}
+    write_failure(tmp_path, None, "no room")
+    assert (tmp_path / "status").read_text() == "failed 0\n"
+    write_status(tmp_path, "started", 3, host=host_name(), pid=os.getpid(), num_steps=9)
+    write_failure(tmp_path, None, "killed")  # before the first step
+    record = read_status(tmp_path)
+    assert (record["state"], record["step"], record["num_steps"], record["error"]) == ("failed", 3, 9, "killed")
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped", "requeue", "failed", "started"])
+def test_a_refused_start_leaves_the_status_of_an_earlier_run(tmp_path, state):
+    write_status(tmp_path, state, 16, host=host_name(), pid=os.getpid() + (state == "started"), error="of before")
+    before = (tmp_path / "status.json").read_bytes()
+    write_failure(tmp_path, None, "refused")
+    assert (tmp_path / "status").read_text() == f"{state} 16\n"
+    assert (tmp_path / "status.json").read_bytes() == before
+
+
+def test_consequences_are_told_from_causes():
+    gloo = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
+    assert lost_peer(RuntimeError(gloo)) and lost_peer(RuntimeError("NCCL communicator was aborted on rank 3."))
+    assert not lost_peer(RuntimeError("step 3: processes [1] hold another rank plan than process 0"))
+    assert not lost_peer(ConnectionResetError("Connection reset by peer"))  # of a download, say
 
 
 def test_error_of_another_process_ends_this_one():
@@ -133,7 +190,7 @@ def test_a_store_that_is_gone_ends_the_process():
 def test_a_store_that_does_not_answer_ends_the_process():
     code, text, _ = run_python("watch(Silent(), store_seconds=0.3); time.sleep(20)")
     assert code == 70
-    assert "no answer from the store for 0.3 s" in text
+    assert "the store on process 0 has not answered for 0.3 s" in text
 
 
 def test_a_failed_poll_or_two_are_forgiven():
@@ -173,14 +230,71 @@ dog.stop(); time.sleep(1)
 
 
 def test_report_keeps_the_first_text_and_does_not_end_the_reporter():
-    store, ended = MemoryStore(), []
+    store, ended, first = MemoryStore(), [], []
     for text in ("the cause", "its consequence"):
         dog = Watchdog(store, hosts_store=False, poll_seconds=0.05, exit_process=ended.append)
         dog.start()
-        dog.report(text)
-        dog.stop()
-    assert store == {ERROR_KEY: "the cause"}
+        first.append(dog.report(text))
+        dog.linger()
+    assert first == ["the cause", "the cause"]
+    assert store == {ERROR_KEY: b"the cause"}
     assert ended == []
+
+
+@pytest.mark.parametrize("cause_comes", [True, False])
+def test_a_consequence_waits_for_its_cause(cause_comes):
+    store = MemoryStore()
+    dog = Watchdog(store, hosts_store=True, poll_seconds=0.05, first_text_seconds=1.0 if cause_comes else 0.2)
+    dog.start()
+    if cause_comes:
+        threading.Timer(0.2, store.setdefault, [ERROR_KEY, b"the cause"]).start()
+    text = dog.report("connection closed", lost_peer=True)
+    dog.linger()
+    assert text == ("the cause" if cause_comes else "connection closed")
+    assert store[ERROR_KEY].decode() == text
+
+
+def test_texts_and_stacks_go_where_they_belong(tmp_path):
+    """Process 0: console and log; another's failure costs no stacks on the console."""
+    body = f"""
+log = os.open({str(tmp_path / "log")!r}, os.O_CREAT | os.O_WRONLY)
+def here(**settings):
+    dog = Watchdog(Memory(ERROR_KEY_AND_TEXT), hosts_store=True, poll_seconds=0.05, log=log, **settings)
+    dog.start(); time.sleep(20)
+here(on_failure=lambda text: open({str(tmp_path / "status")!r}, "w").write(text), STALL)
+"""
+    failed = body.replace("ERROR_KEY_AND_TEXT", "{ERROR_KEY: b'boom'}").replace("STALL", "stall_seconds=None")
+    code, console, _ = run_python(failed)
+    log = (tmp_path / "log").read_text()
+    assert code == 70 and "boom" in console and "boom" in log
+    assert "in here" in log and "in here" not in console
+    assert (tmp_path / "status").read_text() == "boom"
+    stalled = body.replace("ERROR_KEY_AND_TEXT", "").replace("STALL", "stall_seconds=0.3, process='process 7'")
+    code, console, _ = run_python(stalled)
+    assert code == 86 and "in here" in console and "in here" in (tmp_path / "log").read_text()
+    assert (tmp_path / "status").read_text() == "process 7: no step for 0.3 s"
+
+
+def test_a_stall_is_told_to_the_others():
+    code, text, _ = run_python(
+        "store = Memory(); watch(store, stall_seconds=0.3, process='process 7 on b',"
+        " exit_process=lambda code: os.write(2, f'{code} {store[ERROR_KEY]}'.encode())); time.sleep(3)"
+    )
+    assert "86 b'process 7 on b: no step for 0.3 s'" in text
+
+
+@pytest.mark.parametrize("how", ["poll", "report"])
+def test_one_process_says_on_the_console_that_process_0_is_gone(how):
+    act = "time.sleep(20)" if how == "poll" else "dog.report('mine'); sys.exit(70)"
+    reader, writer = os.pipe()
+    body = f"dog = watch(Gone(), console=None, last_words={writer}, process='process 1 on b (log: l)'); {act}"
+    code, text, _ = run_python(body, pass_fds=[writer])
+    os.close(writer)
+    words = os.read(reader, 10_000).decode()
+    os.close(reader)
+    assert (code, text) == (70, "")
+    assert words.startswith("ardtrain: process 1 on b (log: l): the store on process 0 ")
+    assert words.count("\n") == 1
 
 
 TORCH_STORE = """
@@ -205,7 +319,7 @@ def start_python(body, *arguments):
 @pytest.mark.parametrize("failing", ["host", "peer"])
 def test_over_torchs_store_the_text_reaches_a_process_that_waits(failing):
     """The peer hangs in a wait on the shared connection, as in a process group's first meeting."""
-    fail = "shared.wait(['here']); dog.report('process x: boom'); sys.exit(3)\n"
+    fail = "shared.wait(['here']); print(dog.report('process x: boom')); dog.linger(); sys.exit(3)\n"
     hang = "shared.set('here', b''); shared.wait(['never'], datetime.timedelta(seconds=20))\n"
     host = start_python(fail if failing == "host" else hang, "host", "0")
     port = host.stdout.readline().strip()
@@ -219,7 +333,7 @@ def test_over_torchs_store_the_text_reaches_a_process_that_waits(failing):
 
 
 def test_report_survives_a_dead_store():
-    body = "dog = watch(Gone()); dog.report('boom'); sys.exit(3)"
+    body = "dog = watch(Gone()); assert dog.report('boom') == 'boom'; dog.linger(); sys.exit(3)"
     assert run_python(body)[:2] == (3, "")
 
 
@@ -246,3 +360,16 @@ def test_guarded_streams_keep_the_rest_of_their_interface(capsys, monkeypatch):
     print("hello")
     assert sys.stdout.encoding
     assert capsys.readouterr().out == "hello\n"
+
+
+def test_a_signal_before_the_request_is_held_for_it(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with faults.held_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopRequest(tmp_path, reads_file=True) as request:
+            assert request.requested() == StopCode.SIGNAL
+        with StopRequest(tmp_path, reads_file=True, signals=("SIGUSR2",)) as other:
+            assert other.requested() == StopCode.NONE
+    assert signal.getsignal(signal.SIGTERM) == before
+    with faults.held_signals(), StopRequest(tmp_path, reads_file=True) as request:
+        assert request.requested() == StopCode.NONE  # of another run

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ardtrain import schedule
@@ -438,14 +439,104 @@ def test_resumed_run_equals_the_unbroken_one_to_the_bit(trainers, tmp_path, conf
         assert all(equal_bits(weights[name], other[name]) for name in weights)
 
 
-def test_checkpoint_of_another_layout_is_refused(trainers, tmp_path):
+ELSEWHERE = {
+    "stage 1 to 2": (full_config(1), full_config(2)),
+    "stage 1 to 3": (full_config(1), full_config(3)),
+    "stage 2 to 3, persistent": (full_config(2), PERSISTENT),
+    "stage 3 to 1": (full_config(3), full_config(1)),
+    "stage 3, persistent to 2": (PERSISTENT, full_config(2)),
+    "stage 3 to 3, small groups": (full_config(3), full_config(3, sub_group_size=5000)),
+    "stage 3, small groups to 3": (full_config(3, sub_group_size=5000), full_config(3)),
+    "stage 2 to 2 with offload": (full_config(2), full_config(2, offload=True)),
+    "stage 2 to 3 with offload": (full_config(2), full_config(3, offload=True)),
+    "stage 3 with offload to 1 with offload": (full_config(3, offload=True), full_config(1, offload=True)),
+    "stage 3 with offload to 3": (full_config(3, offload=True), full_config(3)),
+    "bf16 stage 1 to 3": (full_config(1, dtype=torch.bfloat16), full_config(3, dtype=torch.bfloat16)),
+    "bf16 stage 2 to 1": (full_config(2, dtype=torch.bfloat16), full_config(1, dtype=torch.bfloat16)),
+    "bf16 stage 3 to 2": (full_config(3, dtype=torch.bfloat16), full_config(2, dtype=torch.bfloat16)),
+}
+
+
+def whole_state(engine):
+    """Masters and moments of every parameter [shape] and the optimizer's step counters."""
+    out = {}
+    if engine.stage < 3:
+        engine._engine.optimizer._lazy_init_hp_params_optimizer_state()  # as its next step would
+    for name, parameter in engine.module.named_parameters():
+        out[name] = safe_get_full_fp32_param(parameter)
+        out |= {f"{name} {m}": safe_get_full_optimizer_state(parameter, m) for m in ("exp_avg", "exp_avg_sq")}
+    base = engine._engine.optimizer.optimizer
+    return out, {int(entry["step"]) for entry in base.state.values()}
+
+
+@pytest.mark.parametrize(("before", "after"), cases(ELSEWHERE))
+def test_another_stage_or_offload_takes_over_every_bit(trainers, tmp_path, before, after):
+    """Masters, moments, step counter, weights and buffers; the next steps are those of the run that was saved."""
+    dtype = torch.bfloat16 if "bf16" in before else torch.float32
+
+    def make(config, seed):
+        model = tiny_llama(seed, layers=1, dtype=dtype)
+        model.register_buffer("counts", torch.arange(3) + seed)
+        return trainers(config, model=model, data=TokenBatches(num_grains=2), compute_dtype=dtype)
+
+    saved, resumed = make(before, 0), make(after, 9)  # other weights
+    for _ in range(3):
+        saved.train_step()
+    saved.backbone.save(tmp_path, "step-3")
+    resumed.backbone.load(tmp_path, "step-3")
+    resumed.state = LoopState(**asdict(saved.state))
+    wanted, steps = whole_state(saved.backbone)
+    got, own_steps = whole_state(resumed.backbone)
+    assert own_steps == steps == {3}
+    assert wanted.keys() == got.keys()
+    assert all(equal_bits(wanted[name], got[name]) for name in wanted)
+    weights, own = saved.backbone.full_state_dict(), resumed.backbone.full_state_dict()
+    assert all(equal_bits(weights[name], own[name]) for name in weights)
+    assert resumed.backbone._engine.global_steps == 3
+    for _ in range(3):
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+        assert resumed.train_step().loss == pytest.approx(saved.train_step().loss, abs=tolerance)
+    assert whole_state(resumed.backbone)[1] == {6}
+
+
+@pytest.mark.full
+def test_deepspeeds_own_kernel_goes_on_at_another_stage(trainers, tmp_path):
+    """It counts steps in an integer, torch's in a tensor."""
+    adam = AdamSettings(kernel="cpu_adam")
+    saved = trainers(full_config(2, offload=True), adam=adam)
+    resumed = trainers(full_config(3, offload=True), model=tiny_llama(9, layers=1), adam=adam)
+    for _ in range(3):
+        saved.train_step()
+    saved.backbone.save(tmp_path, "step-3")
+    resumed.backbone.load(tmp_path, "step-3")
+    resumed.state = LoopState(**asdict(saved.state))
+    (wanted, _), (got, steps) = whole_state(saved.backbone), whole_state(resumed.backbone)
+    assert steps == {3} and all(equal_bits(wanted[name], got[name]) for name in wanted)
+    for _ in range(3):
+        assert resumed.train_step().loss == pytest.approx(saved.train_step().loss, abs=1e-6)
+
+
+def test_before_the_first_step_there_are_no_moments_to_take_over(trainers, tmp_path):
+    saved, resumed = trainers(full_config(2)), trainers(full_config(3), model=tiny_llama(9, layers=1))
+    saved.backbone.save(tmp_path, "step-0")
+    resumed.backbone.load(tmp_path, "step-0")
+    for _ in range(4):
+        assert resumed.train_step().loss == pytest.approx(saved.train_step().loss, abs=1e-6)
+    assert whole_state(resumed.backbone)[1] == {4}
+
+
+def test_checkpoint_that_cannot_be_taken_over_is_refused(trainers, tmp_path):
     engine = trainers(full_config(2)).backbone
     engine.save(tmp_path, "one")
-    with pytest.raises(ValueError, match="one was saved with stage=2, this run has 3; method=full resumes on the same"):
-        trainers(full_config(3)).backbone.load(tmp_path, "one")
+    other = trainers(full_config(3), model=tiny_llama(layers=2)).backbone
+    with pytest.raises(ValueError, match=r"one holds 0 numbers of model.layers.1.* resume with the model it was saved"):
+        other.load(tmp_path, "one")
     layout = tmp_path / "one" / "layout.json"
-    layout.write_text(layout.read_text().replace('"processes": 1', '"processes": 4'))
-    with pytest.raises(ValueError, match="saved with processes=4, this run has 1"):
+    layout.write_text(layout.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ValueError, match=r"one is no complete .* \(0 files are named \*zero_pp_rank_1_"):
+        engine.load(tmp_path, "one")
+    layout.write_text('{"processes": 1, "stage": 3}')
+    with pytest.raises(ValueError, match=r"one is no complete .* \(0 files are named zero_pp_rank_0_"):
         engine.load(tmp_path, "one")
     engine.resumable = False  # as with the optimizer on NVMe
     with pytest.raises(ValueError, match="offload_optimizer.device=nvme: DeepSpeed does not bring such an optimizer"):

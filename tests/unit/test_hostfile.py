@@ -3,7 +3,15 @@ import re
 import pytest
 
 from ardtrain.config import ConfigError
-from ardtrain.hostfile import Host, from_nodefile, parse_hostfile, parse_hosts, read_hostfile, unequal_slots
+from ardtrain.hostfile import (
+    Host,
+    expand_nodelist,
+    from_nodefile,
+    parse_hostfile,
+    parse_hosts,
+    read_hostfile,
+    unequal_slots,
+)
 
 GOOD = """# our two big ones
 node1 slots=8
@@ -78,6 +86,20 @@ def test_nodefile_counts_lines_of_a_host():
     for text in ("", "\n", "n1\nn1 slots=2\n"):
         with pytest.raises(ConfigError, match="PBS_NODEFILE: .*one host name a line"):
             from_nodefile(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node1", ["node1"]),
+        ("node[1-2]", ["node1", "node2"]),
+        ("gpu[08-10,12],login1", ["gpu08", "gpu09", "gpu10", "gpu12", "login1"]),
+        ("r[1-2]n[1,3]-ib", ["r1n1-ib", "r1n3-ib", "r2n1-ib", "r2n3-ib"]),
+        ("a,b", ["a", "b"]),
+    ],
+)
+def test_slurms_list_of_nodes(text, names):
+    assert list(expand_nodelist(text)) == names
 
 
 def test_unequal_slots_are_told():

@@ -177,7 +177,7 @@ def test_a_records_folder_that_is_gone_costs_lines_and_not_the_run(tmp_path, cap
 
 
 def test_a_log_on_a_full_disk_prints_no_traceback(tmp_path, capsys, monkeypatch):
-    undo = start_logging(tmp_path, global_rank=3)
+    log = start_logging(tmp_path, global_rank=3)
     (handler,) = (h for h in logging.getLogger().handlers if isinstance(h, observe._LogFile))
 
     def full(*args):
@@ -186,17 +186,17 @@ def test_a_log_on_a_full_disk_prints_no_traceback(tmp_path, capsys, monkeypatch)
     handler.handle(logging.makeLogRecord({"msg": "a wrong %d", "args": ("format",)}))  # our own mistakes show as ever
     monkeypatch.setattr(handler, "flush", full)
     handler.handle(logging.makeLogRecord({"msg": "lost"}))
-    undo()
+    log.close()
     error = capsys.readouterr().err
     assert "OSError" not in error and "TypeError" in error
 
 
 def test_one_log_file_a_process_and_console_on_process_0(tmp_path, capsys):
     for global_rank in (0, 3):
-        undo = start_logging(tmp_path, global_rank=global_rank)
+        log = start_logging(tmp_path, global_rank=global_rank)
         logging.getLogger("ardtrain.data").info("dropped %d rows", global_rank)
         logging.getLogger("elsewhere").warning("old file")
-        undo()
+        log.close()
     logging.getLogger("ardtrain").warning("after the end")
     assert [path.name for path in sorted((tmp_path / "logs").iterdir())] == ["process-0000.log", "process-0003.log"]
     text = (tmp_path / "logs/process-0003.log").read_text()

@@ -32,14 +32,14 @@ FULL = {
     "time": "2-12:30:00", "directives": "--constraint=h100", "signal_seconds": 120, "max_requeues": 5,
     "singleton": True,
     "setup": ["module load cuda/12.8", "source env.sh"], "env": {"NCCL_IB_HCA": "mlx5", "GREETING": "it's a \"day\""},
-    "command_prefix": "apptainer exec --nv image.sif", "python": "/opt/env/bin/python", "network_interface": "ib0",
+    "command_prefix": "apptainer exec --nv image.sif", "python": "/shared/env/bin/python", "network_interface": "ib0",
     "hostfile": "hosts",
 }  # fmt: skip
 TWO = (Host("node1", 4), Host("node2", 4))
 
 
 def config_of(**launcher):
-    return parse_config(BASE | {"launcher": {"python": "/opt/env/bin/python"} | launcher})
+    return parse_config(BASE | {"launcher": {"python": "/shared/env/bin/python"} | launcher})
 
 
 def scripts():

@@ -11,13 +11,13 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/torch_extensions}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
 mkdir -p "$run/logs"
 export MASTER_ADDR=${MASTER_ADDR:-node1} MASTER_PORT=${MASTER_PORT:-25531}
-if ! /opt/env/bin/python -u -m ardtrain doctor --quick --hosts "/shared/work/hosts" "$run/run.yaml"; then
+if ! /shared/env/bin/python -u -m ardtrain doctor --quick --hosts "/shared/work/hosts" "$run/run.yaml"; then
   echo "the preflight failed, nothing was started; the finding is above"
   exit 1
 fi
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 # Address and port are named: DeepSpeed would take the first word of `hostname -I`, and one port for all jobs.
-exec /opt/env/bin/python -m ardtrain.launching.supervise "$run" -- \
-  /opt/env/bin/deepspeed --hostfile "/shared/work/hosts" --num_nodes 2 \
+exec /shared/env/bin/python -m ardtrain.launching.supervise "$run" -- \
+  /shared/env/bin/deepspeed --hostfile "/shared/work/hosts" --num_nodes 2 \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --no_local_rank \
   PACKAGE/main.py train "$run/run.yaml"

@@ -14,5 +14,5 @@ export MASTER_ADDR=${MASTER_ADDR:-node1} MASTER_PORT=${MASTER_PORT:-25531}
 hosts=(-f "$run/machinefile" -ppn 4) # mpich hands over the whole environment
 sed -E 's/[[:space:]]*#.*//; /^[[:space:]]*$/d; s/[[:space:]]+slots=/:/' "/shared/work/hosts" >"$run/machinefile"
 # The exit code is not mpirun's, which is 0 with some launchers when a process was killed: supervise reads the status.
-exec /opt/env/bin/python -m ardtrain.launching.supervise "$run" -- \
-  mpirun -np 8 "${hosts[@]}" -iface ib0 /opt/env/bin/python -u -m ardtrain train "$run/run.yaml"
+exec /shared/env/bin/python -m ardtrain.launching.supervise "$run" -- \
+  mpirun -np 8 "${hosts[@]}" -iface ib0 /shared/env/bin/python -u -m ardtrain train "$run/run.yaml"

@@ -16,10 +16,10 @@ names='^(NCCL|GLOO|TORCH|TRITON|HF|TRANSFORMERS|DS|DEEPSPEED|OMP|MKL|CUDA_HOME|C
 for name in $(compgen -e | grep -E "$names") ; do exports+=(-x "$name"); done
 hosts=(--hostfile "/shared/work/hosts" --map-by ppr:4:node "${exports[@]}")
 one_each=(--hostfile "/shared/work/hosts" --map-by ppr:1:node "${exports[@]}")
-if ! mpirun -np 2 "${one_each[@]}" /opt/env/bin/python -u -m ardtrain doctor --meet --quick --run "$run" --config "$run/run.yaml"; then
+if ! mpirun -np 2 "${one_each[@]}" /shared/env/bin/python -u -m ardtrain doctor --meet --quick --run "$run" --config "$run/run.yaml"; then
   echo "the preflight failed, nothing was started; the finding is above"
   exit 1
 fi
 # The exit code is not mpirun's, which is 0 with some launchers when a process was killed: supervise reads the status.
-exec /opt/env/bin/python -m ardtrain.launching.supervise "$run" -- \
-  mpirun -np 8 "${hosts[@]}" /opt/env/bin/python -u -m ardtrain train "$run/run.yaml"
+exec /shared/env/bin/python -m ardtrain.launching.supervise "$run" -- \
+  mpirun -np 8 "${hosts[@]}" /shared/env/bin/python -u -m ardtrain train "$run/run.yaml"

@@ -44,15 +44,15 @@ awk '!n[$1]++ {order[++hosts] = $1} END {for (i = 1; i <= hosts; i++) print orde
 MASTER_ADDR=$(head -n1 "$PBS_NODEFILE")
 number=${PBS_JOBID%%[!0-9]*}
 export MASTER_ADDR MASTER_PORT=$((20000 + ${number:-0} % 20000))
-if ! /opt/env/bin/python -u -m ardtrain doctor --quick --hosts "$run/hostfile" "$run/run.yaml"; then
+if ! /shared/env/bin/python -u -m ardtrain doctor --quick --hosts "$run/hostfile" "$run/run.yaml"; then
   echo "the preflight failed, nothing was started; the finding is above"
   exit 1
 fi
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 pid=''
 trap 'if [ -n "$pid" ]; then kill -TERM "$pid"; fi' TERM INT # qdel: save, end, and do not come again
-/opt/env/bin/python -m ardtrain.launching.supervise "$run" -- \
-  /opt/env/bin/deepspeed --hostfile "$run/hostfile" --num_nodes 2 \
+/shared/env/bin/python -m ardtrain.launching.supervise "$run" -- \
+  /shared/env/bin/deepspeed --hostfile "$run/hostfile" --num_nodes 2 \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --no_local_rank \
   PACKAGE/main.py train "$run/run.yaml" &
 pid=$!

@@ -38,8 +38,8 @@ export MASTER_ADDR MASTER_PORT=$((20000 + ${number:-0} % 20000))
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 pid=''
 trap 'if [ -n "$pid" ]; then kill -TERM "$pid"; fi' TERM INT # qdel: save, end, and do not come again
-/opt/env/bin/python -m ardtrain.launching.supervise "$run" -- \
-  /opt/env/bin/deepspeed --hostfile "$run/hostfile" --num_nodes 1 \
+/shared/env/bin/python -m ardtrain.launching.supervise "$run" -- \
+  /shared/env/bin/deepspeed --hostfile "$run/hostfile" --num_nodes 1 \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --no_local_rank \
   PACKAGE/main.py train "$run/run.yaml" &
 pid=$!

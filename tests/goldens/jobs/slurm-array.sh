@@ -50,7 +50,7 @@ step() { # a trapped signal ends `wait` early, so it loops
   done
   pid=''
 }
-step /opt/env/bin/python -u -m ardtrain train "$run/run.yaml"
+step /shared/env/bin/python -u -m ardtrain train "$run/run.yaml"
 
 # ---- again? By what the run wrote, never by the exit code alone: launchers change it
 read_state

@@ -61,9 +61,9 @@ step() { # a trapped signal ends `wait` early, so it loops
   done
   pid=''
 }
-step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 apptainer exec --nv image.sif /opt/env/bin/python -u -m ardtrain doctor --meet --quick --run "$run" --config "$run/run.yaml"
+step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 apptainer exec --nv image.sif /shared/env/bin/python -u -m ardtrain doctor --meet --quick --run "$run" --config "$run/run.yaml"
 if [ "$rc" = 0 ]; then
-  step apptainer exec --nv image.sif /opt/env/bin/python -u -m ardtrain train "$run/run.yaml"
+  step apptainer exec --nv image.sif /shared/env/bin/python -u -m ardtrain train "$run/run.yaml"
 elif [ -z "$signalled" ]; then
   echo "the preflight failed, nothing was started; the finding is above"
 fi
