@@ -4,6 +4,8 @@
 #   ardtrain_environment "$checkout" [EXTRA]   the environment, with the extra (test) if named; sets $ARDTRAIN_PYTHON
 #   ardtrain_variables                         thread count, accelerator, folder of the compiled ops
 #   ardtrain_libaio                            Debian's libaio-dev, for parameter offload to NVMe (root only)
+#   ardtrain_cluster                           Debian's ssh, pdsh and Slurm, and both MPIs from PyPI, for tests on several
+#                                              hosts (root only)
 #   ardtrain_build_ops OP...                   compiles ahead, in one process: ShareMemComm (processes that meet on a
 #                                              CPU), AsyncIO (offload to NVMe), CPUAdam (its optimizer kernel)
 #
@@ -70,6 +72,19 @@ ardtrain_libaio() {
     ardtrain_stage "install libaio-dev" _ardtrain_apt libaio-dev || true
   fi
   _ardtrain_has_libaio || echo "note: libaio's header is missing (Debian: libaio-dev); offload to NVMe is not tested"
+}
+
+ardtrain_cluster() {
+  local packages="iproute2 openssh-server pdsh munge slurmctld slurmd slurm-client libpmix2 slurm-wlm-torque shellcheck"
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v slurmctld && command -v pdsh; } >/dev/null; then
+    # shellcheck disable=SC2086 # names of packages, one by one
+    ardtrain_stage "install ssh, pdsh and Slurm" _ardtrain_apt $packages || true
+  fi
+  command -v slurmctld >/dev/null || echo "note: Slurm or pdsh is missing; runs on several hosts are not tested"
+  # Two MPIs in one environment would share the name mpirun.
+  if [ ! -x "$ARDTRAIN_VENV/mpich/bin/mpirun" ]; then
+    ardtrain_stage "install MPICH" _ardtrain_pip --target "$ARDTRAIN_VENV/mpich" mpich
+  fi
 }
 
 _ardtrain_apt() {

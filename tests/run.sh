@@ -8,5 +8,6 @@ cd "$checkout"
 ardtrain_environment "$checkout" test
 ardtrain_variables
 ardtrain_libaio
+ardtrain_cluster
 ardtrain_build_ops ShareMemComm AsyncIO CPUAdam
 exec "$ARDTRAIN_PYTHON" -m pytest "$@" </dev/null

@@ -1,10 +1,12 @@
 """`ardtrain submit --to slurm` on two hosts with a real Slurm: trained, interrupted in every way, never lost."""
 
+import json
 import os
 import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -223,3 +225,28 @@ def test_a_lost_host_is_requeued_and_the_run_goes_on(cluster, runs_folder, long_
     wait_state(cluster, job, "COMPLETED", "FAILED", timeout=200)
     assert (run / "status").read_text() == "finished 260\n", log(cluster, job)
     assert fingerprint(run) == long_alone
+
+
+def test_one_element_of_an_array_requeues_alone(cluster, runs_folder):
+    values = json.loads(write_run(runs_folder, "element", **LONG | {"max_steps": 200}).read_text())
+    base = {k: v for k, v in values.items() if k not in ("output_dir", "method", "elalora", "resume_from_checkpoint")}
+    base |= {"launcher": {"time": "00:10:00", "signal_seconds": 60}}
+    suite = {"name": "sweep", "output_dir": str(runs_folder / "sweep"), "base": base, "methods": {"lora": {"method": "lora"}},
+             "learning_rates": [5e-3], "seeds": [1, 2], "metric": "eval_loss", "reference": "lora"}  # fmt: skip
+    (runs_folder / "suite.yaml").write_text(json.dumps(suite))
+    command = [*ARDTRAIN, "submit", "--array", "suite.yaml", "--to", "slurm"]
+    done = cluster.run("node1", command, cwd=runs_folder)
+    assert done.returncode == 0 and "2 runs; when all have ended" in done.stdout, done.stdout
+    job = re.search(r"job (\d+) submitted", done.stdout)[1]
+    first, second = ((Path(line)) for line in (runs_folder / "sweep" / "elements").read_text().splitlines())
+    for run in (first, second):
+        wait_step(run, 15)
+    cluster.run("node1", ["scontrol", "requeue", f"{job}_1"])
+    for element in ("0", "1"):
+        wait_state(cluster, f"{job}_{element}", "COMPLETED", "FAILED", timeout=150)
+    assert [restarts(cluster, f"{job}_{element}") for element in ("0", "1")] == [0, 1]
+    assert (first / "status").read_text() == (second / "status").read_text() == "finished 200\n"
+    logs = sorted(path.name for path in (runs_folder / "sweep" / "logs").iterdir())
+    assert logs == [f"slurm-{job}_0.out", f"slurm-{job}_1.out"]
+    table = cluster.run("node1", [*ARDTRAIN, "compare", "suite.yaml"], cwd=runs_folder, timeout=60)  # runs nothing
+    assert table.returncode == 0 and "done before" in table.stdout and "2 of 2" in table.stdout, table.stdout
