@@ -231,8 +231,8 @@ def test_one_element_of_an_array_requeues_alone(cluster, runs_folder):
     values = json.loads(write_run(runs_folder, "element", **LONG | {"max_steps": 200}).read_text())
     base = {k: v for k, v in values.items() if k not in ("output_dir", "method", "elalora", "resume_from_checkpoint")}
     base |= {"launcher": {"time": "00:10:00", "signal_seconds": 60}}
-    suite = {"name": "sweep", "output_dir": str(runs_folder / "sweep"), "base": base, "methods": {"lora": {"method": "lora"}},
-             "learning_rates": [5e-3], "seeds": [1, 2], "metric": "eval_loss", "reference": "lora"}  # fmt: skip
+    suite = {"name": "sweep", "output_dir": str(runs_folder / "sweep"), "base": base,
+             "methods": {"lora": {"method": "lora"}}, "learning_rates": [5e-3], "seeds": [1, 2], "metric": "eval_loss", "reference": "lora"}  # fmt: skip
     (runs_folder / "suite.yaml").write_text(json.dumps(suite))
     command = [*ARDTRAIN, "submit", "--array", "suite.yaml", "--to", "slurm"]
     done = cluster.run("node1", command, cwd=runs_folder)
