@@ -19,7 +19,6 @@ from ardtrain.engines import BackboneEngine
 from ardtrain.faults import StopCode
 from ardtrain.methods.base import Method
 from ardtrain.preflight import Prepared
-from ardtrain.report import draw_ranks
 from ardtrain.resize import LiveArena
 from ardtrain.schedule import LOSS_SCALE_START
 from ardtrain.session import Session, Surroundings, logger, loop_state
@@ -245,6 +244,8 @@ class AdapterRun(Session):
             )
         picture = self.run_dir / "ranks.png"
         if self.world.is_main:
+            from ardtrain.report import draw_ranks  # matplotlib: 0.3 s that no other process and no start needs
+
             draw_ranks(self.run_dir / "ranks.jsonl", picture)
         check = "base too large to run through PEFT" if difference is None else f"PEFT's logits: {difference:.1e} off"
         self.finish(code, f"adapter: {self.run_dir / 'adapter'} ({check})\nranks: {picture}")
