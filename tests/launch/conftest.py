@@ -48,7 +48,7 @@ def runs_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-LONG = {"max_steps": 260, "eval_steps": 65, "save_steps": 20, "elalora": {"init_warmup": 2, "final_warmup": 20,
+LONG = {"max_steps": 140, "eval_steps": 35, "save_steps": 20, "elalora": {"init_warmup": 2, "final_warmup": 20,
         "mask_interval": 6, "b": 4, "k": 2}, "resume_from_checkpoint": "auto"}  # fmt: skip
 
 

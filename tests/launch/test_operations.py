@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tests.launch.conftest import ENVIRONMENT
 from tests.launch.test_routes import AS_ROOT, mpirun
-from tests.runs import write_run
+from tests.runs import fingerprint, write_run
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,18 @@ def place(cluster, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def expected(cluster, place):
+    """The page's run on one process without ZeRO-3: what every way to start it must equal to the bit."""
+    settings = ["output_dir=runs/alone", "deepspeed=null"]
+    command = [sys.executable, "-m", "ardtrain", "train", "ardtrain.yaml", *settings]
+    done = cluster.run("node1", command, cwd=place, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:]
+    alone = fingerprint(place / "runs/alone")
+    assert len(set(alone["tables"])) > 1  # ranks move
+    return alone
+
+
 def shell(cluster, place, host, text, **env):
     mpirun("openmpi")
     path = f"{place / 'bin'}:{ENVIRONMENT['PATH']}"
@@ -44,8 +57,9 @@ def test_every_bash_block_is_marked():
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block(cluster, place, number):
+def test_block(cluster, place, expected, number):
     kind, text = BLOCKS[number]
+    shutil.rmtree(place / "runs/first", ignore_errors=True)
     home = Path(cluster.path) / "home" / ".deepspeed_env"
     by_hand = text.startswith("deepspeed --hostfile hostfile --num_nodes")
     if by_hand:
@@ -63,10 +77,12 @@ def test_block(cluster, place, number):
     wait_for_jobs(cluster)
     for run in re.findall(r"output_dir=(\S+)", text):
         assert (place / run / "status").read_text() == "finished 8\n", said[-4000:]
+        assert fingerprint(place / run) == expected
     if "--to" in text and "stop" not in text:
         job = json.loads((place / "runs/first/job.json").read_text())
         job_log = Path(job["log"]).read_text(errors="replace")
         assert (place / "runs/first/status").read_text() == "finished 8\n", job_log[-4000:]
+        assert fingerprint(place / "runs/first") == expected
 
 
 def wait_for_jobs(cluster, timeout=150):

@@ -70,22 +70,25 @@ def wait_step(run, step, timeout=120):
 
 
 def test_two_hosts_equal_one_process_to_the_bit(cluster, runs_folder, alone):
-    job, run = submit(cluster, runs_folder, "slurm")
+    job, run = submit(cluster, runs_folder, "slurm", launcher={"preflight": True})
     assert wait_state(cluster, job, "COMPLETED", "FAILED") == "COMPLETED", log(cluster, job)
     assert (run / "status").read_text() == "finished 16\n"
     assert fingerprint(run) == alone
     assert restarts(cluster, job) == 0
+    assert "fit to train" in log(cluster, job)  # the preflight's last line
 
 
-def test_the_time_limit_saves_requeues_and_resumes(cluster, runs_folder, long_alone):
+def test_the_time_limit_saves_requeues_and_resumes(cluster, runs_folder):
+    long = LONG | {"max_steps": 300, "eval_steps": 75}
+    expected = unbroken(cluster, runs_folder, "limit_alone", **long)
     # The signal comes after about 20 s: Slurm counts whole minutes and may be early.
     launcher = {"time": "00:02:00", "signal_seconds": 60, "directives": ["--signal=B:USR1@100"]}
-    job, run = submit(cluster, runs_folder, "limit", launcher=launcher, **LONG)
+    job, run = submit(cluster, runs_folder, "limit", launcher=launcher, **long)
     wait_state(cluster, job, "COMPLETED", "FAILED", "TIMEOUT", timeout=300)
-    assert (run / "status").read_text() == "finished 260\n", log(cluster, job)
+    assert (run / "status").read_text() == "finished 300\n", log(cluster, job)
     assert restarts(cluster, job) >= 1
     assert "requeued: it saved and stopped on a signal" in log(cluster, job)
-    assert fingerprint(run) == long_alone
+    assert fingerprint(run) == expected
 
 
 def preempt(cluster):
@@ -110,7 +113,7 @@ def test_a_preempted_run_loses_nothing(cluster, runs_folder, long_alone):
     urgent = preempt(cluster)
     wait_state(cluster, urgent, "COMPLETED", timeout=60)
     wait_state(cluster, job, "COMPLETED", "FAILED", timeout=150)
-    assert (run / "status").read_text() == "finished 260\n", log(cluster, job)
+    assert (run / "status").read_text() == "finished 140\n", log(cluster, job)
     assert restarts(cluster, job) == 1
     assert fingerprint(run) == long_alone
 
@@ -148,7 +151,7 @@ def test_cancelled_stays_cancelled_and_the_next_submit_goes_on_with_other_hosts(
     assert restarts(cluster, one) == 0
     two, _ = submit(cluster, runs_folder, "cancelled", **LONG)
     wait_state(cluster, two, "COMPLETED", "FAILED", timeout=150)
-    assert (run / "status").read_text() == "finished 260\n", log(cluster, two)
+    assert (run / "status").read_text() == "finished 140\n", log(cluster, two)
     assert fingerprint(run) == long_alone
 
 
@@ -162,7 +165,7 @@ def test_scontrol_requeue_saves_and_resumes(cluster, runs_folder, long_alone):
     cluster.run("node1", ["scontrol", "requeue", job])
     wait_state(cluster, job, "PENDING", "CONFIGURING", timeout=30)
     wait_state(cluster, job, "COMPLETED", "FAILED", timeout=150)
-    assert (run / "status").read_text() == "finished 260\n", log(cluster, job)
+    assert (run / "status").read_text() == "finished 140\n", log(cluster, job)
     assert fingerprint(run) == long_alone
 
 
@@ -222,7 +225,7 @@ def test_a_lost_host_is_requeued_and_the_run_goes_on(cluster, runs_folder, long_
     finally:
         cluster.boot("node2")
     wait_state(cluster, job, "COMPLETED", "FAILED", timeout=200)
-    assert (run / "status").read_text() == "finished 260\n", log(cluster, job)
+    assert (run / "status").read_text() == "finished 140\n", log(cluster, job)
     assert fingerprint(run) == long_alone
 
 
