@@ -45,7 +45,12 @@ class StopCode(IntEnum):
 STATE_AFTER: dict[int, State] = {StopCode.NONE: "finished", StopCode.FILE: "stopped", StopCode.SIGNAL: "requeue"}
 
 
+_HOLDABLE = (signal.SIGTERM, signal.SIGUSR1)
 _held: list[int] = []  # signals that came before a StopRequest could take them
+
+
+def _hold(number: int, frame: FrameType | None) -> None:
+    _held.append(number)
 
 
 @contextlib.contextmanager
@@ -59,8 +64,7 @@ def held_signals() -> Iterator[None]:
         yield
         return
     _held.clear()
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    previous = {number: signal.signal(number, lambda number, frame: _held.append(number)) for number in numbers}
+    previous = {number: signal.signal(number, _hold) for number in _HOLDABLE}
     try:
         yield
     finally:
@@ -90,7 +94,12 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._set_flag)
-        self._signalled = any(number in self._signals for number in _held)
+        self._signalled |= any(number in self._signals for number in _held)
+        for number in set(_HOLDABLE) - set(self._signals):
+            if signal.getsignal(number) is _hold:  # no stop request for this run: it ends the process, as ever
+                signal.signal(number, signal.SIG_DFL)
+                if number in _held:
+                    os.kill(os.getpid(), number)
         return self
 
     def __exit__(
@@ -104,10 +113,11 @@ class StopRequest:
         self._signalled = True
 
     def requested(self) -> StopCode:
-        """This process's code now; cheap enough for every step (process 0: one stat)."""
-        if self._signalled:
-            return StopCode.SIGNAL
-        return StopCode.FILE if self._reads_file and self.path.exists() else StopCode.NONE
+        """This process's code now; cheap enough for every step (process 0: one stat). A user's STOP goes before a
+        batch system's signal, after which the run would be requeued."""
+        if self._reads_file and self.path.exists():
+            return StopCode.FILE
+        return StopCode.SIGNAL if self._signalled else StopCode.NONE
 
     def carried_out(self) -> None:
         """Remove the STOP file, after the stop's checkpoint stands; otherwise the next start would stop at once."""

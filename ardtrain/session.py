@@ -162,7 +162,7 @@ class Session(ABC):
                 alive=self.watchdog.touch,
             )
             flag = trainer.fit()
-            code = StopCode.SIGNAL if flag >= SIGNAL_FLAG else StopCode.FILE if flag else StopCode.NONE
+            code = StopCode.FILE if flag % SIGNAL_FLAG else StopCode.SIGNAL if flag else StopCode.NONE
             self.end(code)
 
     def announce(self) -> None:
@@ -183,7 +183,9 @@ class Session(ABC):
         limit = self.config.max_hours
         out_of_time = limit is not None and self.world.is_main and time.monotonic() - STARTED > limit * 3600
         code = self.stop_request.requested()
-        return SIGNAL_FLAG if code is StopCode.SIGNAL or out_of_time else int(code)
+        if code is StopCode.NONE and out_of_time:
+            code = StopCode.SIGNAL
+        return SIGNAL_FLAG if code is StopCode.SIGNAL else int(code)
 
     def _on_step(self, result: StepResult) -> None:
         self.records.step(result)

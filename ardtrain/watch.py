@@ -20,6 +20,7 @@ from ardtrain.faults import host_name, read_status
 WAIT_SECONDS = 1800.0  # of `stop --wait`
 POLL_SECONDS = 0.5
 QUIET_SECONDS = 900.0  # without a line in any file; a run whose lines are further apart may be quiet longer
+JOB_FILE = "job.json"  # what was submitted last
 RUNNING = ("starting", "started")  # the first is a job script's word
 LOADING_SECONDS = 4 * 3600.0  # the same before the first step
 SPEED_LINES = 20  # of metrics.jsonl: the seconds of a step are their mean
@@ -84,6 +85,10 @@ def stop(arguments: Sequence[str]) -> int:
     folder, wait_seconds = _stop_arguments(arguments)
     view = look(folder)
     request = Path(folder) / "STOP"
+    if view.state in ("submitted", "requeue"):
+        job = f" (job {view.job_id})" if view.job_id else ""
+        print(f"{folder}: {state_text(view)}; its job{job} may wait in a queue: cancel it there")
+        return 1
     if not view.alive:
         request.unlink(missing_ok=True)  # it would stop the next start at once
         print(f"{folder} is not running: {state_text(view)}")
@@ -135,7 +140,7 @@ def _existing(folders: Sequence[str]) -> Sequence[str]:
     wrong += [
         f"{f}: holds no run (no file `status`); name a run's output_dir"
         for f in folders
-        if Path(f).is_dir() and not any((Path(f) / name).is_file() for name in ("status", "job.json"))
+        if Path(f).is_dir() and not any((Path(f) / name).is_file() for name in ("status", JOB_FILE))
     ]
     if wrong or not folders:
         raise ConfigError(wrong or ["which run folder? name a run's output_dir"])
@@ -150,7 +155,7 @@ def look(folder: str | os.PathLike[str]) -> RunView:
     if details.get("state") != state:  # a job script wrote `status` ahead of the run
         details = {}
     if state in ("submitted", "starting"):
-        job = _job(run_dir)
+        job = read_job(run_dir)
         details = {"job_id": job.get("job_id"), "launcher": job.get("route")}
     losses, held_out = _metrics(run_dir / "metrics.jsonl")
     last = losses[-1] if losses else {}
@@ -192,19 +197,31 @@ def look(folder: str | os.PathLike[str]) -> RunView:
 
 
 def _state(run_dir: Path) -> tuple[str, int]:
-    if not (run_dir / "status").is_file():
-        return "submitted", 0  # its job waits
+    if _waits(run_dir):
+        return "submitted", 0
     words = (run_dir / "status").read_text(encoding="utf-8").split()
     return (words[0] if words else "unknown"), int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
 
 
-def _job(run_dir: Path) -> dict[str, Any]:
-    """What `ardtrain submit` wrote."""
+def read_job(run_dir: Path) -> dict[str, Any]:
+    """What `ardtrain submit` wrote last; {} if nothing."""
     try:
-        record = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
+        record = json.loads((run_dir / JOB_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _waits(run_dir: Path) -> bool:
+    """Was a job submitted that has not written a status yet?"""
+    try:
+        submitted = (run_dir / JOB_FILE).stat().st_mtime_ns
+    except OSError:
+        return False
+    try:
+        return (run_dir / "status").stat().st_mtime_ns < submitted
+    except OSError:
+        return True
 
 
 def _first_word(path: Path) -> str | None:
@@ -261,7 +278,7 @@ def _ranks(path: Path) -> tuple[list[int], int | None]:
 
 def _last_written(run_dir: Path) -> float:
     times = [0.0]
-    for name in ("status", "status.json", "metrics.jsonl", "ranks.jsonl", "latest", "logs/process-0000.log"):
+    for name in ("status", "status.json", "metrics.jsonl", "ranks.jsonl", "latest", "logs/process-0000.log", JOB_FILE):
         try:
             times.append((run_dir / name).stat().st_mtime)
         except OSError:

@@ -16,6 +16,6 @@ export {{ name }}={{ value | quote }}
 export ARDTRAIN_EXPORT="{{ env | join(" ") }}" # these go to the other hosts as well
 {% endif %}
 {% for line in setup %}
-{{ line }}
+{{ line }} || exit
 {% endfor %}
 mkdir -p "$run/logs"

@@ -4,6 +4,6 @@
 only part with effects beyond reading; `results` reads a run's folder; `tables` makes the report.
 """
 
-from ardtrain.compare.runner import compare, prepared_runs
+from ardtrain.compare.runner import compare, prepared_runs, suite_folder
 
-__all__ = ["compare", "prepared_runs"]
+__all__ = ["compare", "prepared_runs", "suite_folder"]

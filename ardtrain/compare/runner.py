@@ -70,6 +70,11 @@ def compare(
     return 1 if problems else 0
 
 
+def suite_folder(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Where the suite's runs lie. Raises ConfigError."""
+    return read_suite(path, overrides, os.environ)[0].output_dir
+
+
 def prepared_runs(
     path: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False
 ) -> tuple[Suite, RunConfig, list[Path]]:

@@ -23,16 +23,16 @@ EXPORTED = (
     "^(NCCL|GLOO|TORCH|TRITON|HF|TRANSFORMERS|DS|DEEPSPEED|OMP|MKL|CUDA_HOME|CUDA_DEVICE|UCX|FI|PYTHON|ARDTRAIN|WANDB|"
     "MASTER)|^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|CONDA_PREFIX)$"
 )
-SECRET = "TOKEN|SECRET|PASSWORD|_KEY$"
+SECRET = "(^|_)TOKENS?$|SECRET|PASSWORD|_KEY$"
 _PLAIN = re.compile(r"[A-Za-z0-9_./@+=:,-]+")  # survives shells, #SBATCH lines and pdsh, which quotes nothing
 
 
 @dataclass(frozen=True)
 class Elements:
-    """An array job: a file with a run folder a line, and how many of them run at a time (0: all)."""
+    """An array job: the folder of its script, a run folder for each element, how many run at a time (0: all)."""
 
-    path: Path
-    number: int
+    place: Path
+    runs: tuple[Path, ...]
     at_a_time: int = 0
 
 
@@ -57,7 +57,7 @@ def script_text(
     Args:
         folder: where the job works; relative paths of the config count from there.
         hosts: of launcher.hostfile, for the routes `hosts` and `mpi`.
-        elements: slurm only: one run folder for each element of an array, in place of config.output_dir.
+        elements: slurm only: the runs of an array, in place of config.output_dir.
         max_hours: pbs only: what run.yaml says.
     Raises:
         ConfigError: a path that some shell on the way would change.
@@ -68,7 +68,8 @@ def script_text(
     python = Path(block.python or sys.executable)
     main = Path(__file__).resolve().parent.parent / "main.py"
     hostfile = Path(folder, block.hostfile) if block.hostfile else None
-    for name, path in (("output_dir", run_dir), ("launcher.hostfile", hostfile), ("the folder", folder)):
+    named = [("output_dir", run_dir), ("launcher.hostfile", hostfile), ("the folder", folder)]
+    for name, path in named + [("output_dir", run) for run in (elements.runs if elements else ())]:
         if path is not None and not _PLAIN.fullmatch(str(path)):
             raise ConfigError(
                 [f"{name}={path} holds a character that job scripts and remote shells read otherwise; letters, digits "
@@ -79,15 +80,14 @@ def script_text(
             [f"launcher.command_prefix={block.command_prefix} has no place with --to {route}: DeepSpeed's launcher "
              "starts python itself on the hosts; use --to slurm or mpi, or start all of it inside the container"]
         )  # fmt: skip
-    place = run_dir if elements is None else elements.path.parent
+    place = run_dir if elements is None else elements.place
     by_run = "" if route in ("slurm", "pbs") else 20000 + zlib.crc32(str(run_dir).encode()) % 20000
     values = block.model_dump() | {
-        "run": f'"{run_dir}"' if elements is None else f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "{elements.path}")',
+        "run": f'"{run_dir}"' if elements is None else "${runs[$SLURM_ARRAY_TASK_ID]:?}",
         "folder": str(folder),
         "script": str(place / "job.sh"),
         "logs": str(place / "logs"),
-        "elements": elements is not None,
-        "num_elements": elements.number if elements else 0,
+        "elements": [str(run) for run in elements.runs] if elements else [],
         "at_a_time": elements.at_a_time if elements else 0,
         "job_name": block.job_name or re.sub(r"[^A-Za-z0-9._-]", "-", place.name)[:64],
         "num_local": hosts[0].slots if hosts else block.num_local,
@@ -98,6 +98,7 @@ def script_text(
         "ardtrain": f"{block.command_prefix} {python} -u -m ardtrain".strip(),
         "mpi_args": f" {block.mpi_args}" if block.mpi_args else "",
         "python": str(python),
+        "guard": sys.executable if block.command_prefix else str(python),
         "deepspeed": str(python.with_name("deepspeed")),
         "main": str(main),
         "hostfile": str(hostfile),

@@ -11,7 +11,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from ardtrain.config import ConfigError, RunConfig, load_config, parse_config
 from ardtrain.config.resuming import differences
@@ -19,10 +19,10 @@ from ardtrain.config.text import merged, parse_overrides, read_yaml, write_yaml
 from ardtrain.faults import replace_file
 from ardtrain.hostfile import Host, read_hostfile, unequal_slots
 from ardtrain.launching.job import ROUTES, Elements, Route, script_text
+from ardtrain.watch import JOB_FILE, look, read_job
 
 USAGE = """usage: ardtrain submit CONFIG --to slurm|pbs|hosts|mpi [--dry-run] [a.b=c ...]
        ardtrain submit --array SUITE --to slurm [--at-a-time N] [--dry-run] [a.b=c ...]"""
-JOB_FILE = "job.json"  # what was submitted last, for `status` and the next submit
 SUBMITTERS = {"slurm": "sbatch", "pbs": "qsub", "hosts": "pdsh", "mpi": "mpirun"}
 
 
@@ -83,10 +83,21 @@ def read_arguments(arguments: list[str]) -> Request:
 
 def _submit_run(request: Request) -> int:
     raw = merged(read_yaml(Path(request.path)), parse_overrides(request.overrides))
-    raw.setdefault("resume_from_checkpoint", "auto")
+    if raw.get("resume_from_checkpoint") not in (None, "auto"):
+        raise ConfigError(
+            [f"resume_from_checkpoint={raw['resume_from_checkpoint']} would be where each requeue starts from; for the "
+             "first start use init_from or `ardtrain train`, for a job `auto`"]
+        )  # fmt: skip
+    raw["resume_from_checkpoint"] = "auto"
     config = parse_config(raw)
-    if request.route == "pbs" and config.max_hours is None:
-        raw["max_hours"] = round((config.launcher.seconds - config.launcher.signal_seconds) / 3600, 4)
+    if request.route == "pbs":
+        most = (config.launcher.seconds - config.launcher.signal_seconds) / 3600
+        if config.max_hours is not None and config.max_hours > most:
+            raise ConfigError(
+                [f"max_hours={config.max_hours:g} ends after launcher.time={config.launcher.time} less signal_seconds; "
+                 "PBS would end the run unsaved: lower it or leave it out"]
+            )  # fmt: skip
+        raw.setdefault("max_hours", round(most, 4))
         config = parse_config(raw)
     folder = Path.cwd()
     hosts = _hosts(config, request.route, folder)
@@ -105,28 +116,30 @@ def _submit_run(request: Request) -> int:
     run_dir = Path(folder, config.output_dir)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "run.yaml", write_yaml(raw))
-    (run_dir / "resubmitted").unlink(missing_ok=True)
+    for left in ("resubmitted", "STOP"):  # of an earlier job
+        (run_dir / left).unlink(missing_ok=True)
     return _hand_over(request.route, run_dir, text, f"status: ardtrain status {config.output_dir}")
 
 
 def _submit_array(request: Request) -> int:
     """One element for each run of the suite that can start now; what follows from their results: the next call."""
-    from ardtrain.compare import prepared_runs
+    from ardtrain.compare import prepared_runs, suite_folder
 
+    folder = Path.cwd()
+    if not request.dry_run:
+        _check_scheduler("slurm")
+        _check_not_running(Path(folder, suite_folder(request.path, request.overrides)))
     suite, config, jobs = prepared_runs(request.path, request.overrides, dry_run=request.dry_run)
     if not jobs:
         print(f"nothing is left to run; the table: ardtrain compare {request.path}")
         return 0
-    folder = Path.cwd()
     root = Path(folder, suite.output_dir)
-    elements = Elements(root / "elements", len(jobs), request.at_a_time)
+    elements = Elements(root, tuple(Path(folder, job) for job in jobs), request.at_a_time)
     text = script_text("slurm", config, folder=folder, elements=elements)
     if request.dry_run:
         print(text, end="")
         return 0
-    _check_scheduler("slurm")
     (root / "logs").mkdir(parents=True, exist_ok=True)
-    replace_file(elements.path, "".join(f"{Path(folder, job)}\n" for job in jobs))
     told = (
         f"{len(jobs)} runs; when all have ended: ardtrain compare {request.path}, or this command for what then follows"
     )
@@ -186,19 +199,36 @@ def _check_scheduler(route: Route) -> None:
 
 
 def _check_not_running(run_dir: Path) -> None:
-    """Two jobs in one run folder would overwrite each other's checkpoints."""
-    try:
-        record: dict[str, Any] = json.loads((run_dir / JOB_FILE).read_text())
-    except (OSError, ValueError):
-        return
-    job, remedy = record.get("job_id", ""), f"wait, or `ardtrain stop {run_dir}` first"
-    if record.get("route") == "slurm" and shutil.which("squeue"):
-        state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
-        if state.returncode == 0 and state.stdout.strip():
-            raise ConfigError([f"output_dir={run_dir}: its job {job} is {state.stdout.split()[0]}; {remedy}"])
-    is_here = record.get("route") in ("hosts", "mpi") and record.get("host") == socket.gethostname()
+    """Two jobs in one run folder would overwrite each other's checkpoints: asks the scheduler, then the run's files."""
+    record = read_job(run_dir)
+    job, route = str(record.get("job_id", "")), record.get("route")
+    remedy = f"wait, or `ardtrain stop {run_dir}` first"
+    for name, scheduler, state in (("slurm", "squeue", _slurm_state), ("pbs", "qstat", _pbs_state)):
+        if route == name and shutil.which(scheduler) and (found := state(job)):
+            raise ConfigError([f"output_dir={run_dir}: its job {job} is {found}; {remedy}"])
+    is_here = route in ("hosts", "mpi") and record.get("host") == socket.gethostname()
     if is_here and job.isdigit() and _is_job_script(int(job), run_dir / "job.sh"):
         raise ConfigError([f"output_dir={run_dir}: its job still runs as process {job}; {remedy}"])
+    if not any((run_dir / name).is_file() for name in ("status", JOB_FILE)):
+        return
+    view = look(run_dir)
+    if view.alive and not (view.job_id and shutil.which("squeue") and not _slurm_state(view.job_id)):
+        where = f"job {view.job_id}, " if view.job_id else ""
+        raise ConfigError(
+            [f"output_dir={run_dir}: it is running, as its files say ({where}host {view.host or 'not known yet'}); "
+             f"{remedy}, or remove {run_dir / 'status'} if you know that it has died"]
+        )  # fmt: skip
+
+
+def _slurm_state(job: str) -> str:
+    """PENDING, RUNNING, ...; "" if Slurm has it no more."""
+    done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
+    return (done.stdout.split() or [""])[0] if done.returncode == 0 else ""
+
+
+def _pbs_state(job: str) -> str:
+    done = subprocess.run(["qstat", job], capture_output=True, text=True, check=False)
+    return "known to PBS" if done.returncode == 0 and done.stdout.strip() else ""
 
 
 def _is_job_script(pid: int, script: Path) -> bool:

@@ -23,6 +23,7 @@ from ardtrain.launching.job import exported_variables
 
 ENV_FILE = ".deepspeed_env"
 ENDED = ("requeue", "stopped", "finished", "failed")
+PATIENCE_SECONDS = 5.0  # a second signal counts after so long: batch systems and terminals send several at once
 LINGER_SECONDS = 30.0  # for a launcher to see that its processes have ended; pdsh may never (a host hangs)
 POLL_SECONDS = 0.2
 
@@ -34,11 +35,10 @@ def supervise(run_dir: Path, command: Sequence[str], environ: Mapping[str, str])
     """
     environ = {**environ, "DS_ENV_FILE": str(run_dir.resolve() / ENV_FILE)}
     write_env_file(run_dir, environ)
-    asked = 0
+    asked: list[float] = []  # when
 
     def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        asked += 1
+        asked.append(time.monotonic())
         (run_dir / "STOP").touch()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -57,7 +57,7 @@ def supervise(run_dir: Path, command: Sequence[str], environ: Mapping[str, str])
             if ended_at is None and _state(run_dir) in ENDED:
                 ended_at = time.monotonic()
             late = ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS
-            if late or asked > 1:
+            if late or asked and asked[-1] - asked[0] > PATIENCE_SECONDS:
                 _end(child)
                 break
     finally:
@@ -65,15 +65,17 @@ def supervise(run_dir: Path, command: Sequence[str], environ: Mapping[str, str])
             signal.signal(number, handler)
     code = child.wait()
     state = _state(run_dir)
-    if state == "starting":  # training never began
-        replace_file(run_dir / "status", earlier or "failed 0\n")
-    if asked:
-        with contextlib.suppress(OSError):
-            (run_dir / "STOP").unlink(missing_ok=True)  # the run removes it; one that never began does not
     if state in ("requeue", "stopped", "finished"):
+        (run_dir / "STOP").unlink(missing_ok=True)  # it came too late
         return 0
     print(f"the run did not end well: its status is `{state}`, the launcher's exit code {code}; see "
           f"{run_dir / 'logs'}", file=sys.stderr)  # fmt: skip
+    if state == "starting":  # training never began; STOP is nobody's
+        (run_dir / "STOP").unlink(missing_ok=True)
+        kept = earlier.startswith(("finished", "stopped"))
+        replace_file(run_dir / "status", earlier if kept else f"failed {_step(earlier)}\n")
+    if state == "started":  # it died without a word; processes that still run somewhere find STOP
+        replace_file(run_dir / "status", f"failed {_step(_text(run_dir))}\n")
     return 1
 
 
@@ -97,6 +99,10 @@ def _text(run_dir: Path) -> str:
         return (run_dir / "status").read_text()
     except OSError:
         return ""
+
+
+def _step(status: str) -> str:
+    return (status.split() + ["0", "0"])[1]
 
 
 def _state(run_dir: Path) -> str:

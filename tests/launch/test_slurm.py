@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -241,10 +240,11 @@ def test_one_element_of_an_array_requeues_alone(cluster, runs_folder):
     done = cluster.run("node1", command, cwd=runs_folder)
     assert done.returncode == 0 and "2 runs; when all have ended" in done.stdout, done.stdout
     job = re.search(r"job (\d+) submitted", done.stdout)[1]
-    first, second = ((Path(line)) for line in (runs_folder / "sweep" / "elements").read_text().splitlines())
+    first, second = (runs_folder / "sweep/lora" / f"lr-0.005/seed-{seed}/test" for seed in (1, 2))
     for run in (first, second):
         wait_step(run, 15)
-    cluster.run("node1", ["scontrol", "requeue", f"{job}_1"])
+    # As at a time limit; the last element has the whole array's number.
+    cluster.run("node1", ["scancel", "--batch", "--signal=USR1", f"{job}_1"])
     for element in ("0", "1"):
         wait_state(cluster, f"{job}_{element}", "COMPLETED", "FAILED", timeout=150)
     assert [restarts(cluster, f"{job}_{element}") for element in ("0", "1")] == [0, 1]

@@ -82,7 +82,9 @@ def test_signal_sets_the_flag_and_the_old_handler_comes_back(tmp_path):
     with StopRequest(tmp_path, reads_file=True, signals=["SIGUSR1"]) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR1)  # a second one changes nothing
-        assert stop.requested() == StopCode.SIGNAL  # a signal weighs more than the file
+        assert stop.requested() == StopCode.FILE  # the user's word weighs more: after a signal the job comes again
+        (tmp_path / "STOP").unlink()
+        assert stop.requested() == StopCode.SIGNAL
     assert signal.getsignal(signal.SIGUSR1) is before
     assert [STATE_AFTER[code] for code in StopCode] == ["finished", "stopped", "requeue"]
 
@@ -368,8 +370,19 @@ def test_a_signal_before_the_request_is_held_for_it(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         with StopRequest(tmp_path, reads_file=True) as request:
             assert request.requested() == StopCode.SIGNAL
-        with StopRequest(tmp_path, reads_file=True, signals=("SIGUSR2",)) as other:
-            assert other.requested() == StopCode.NONE
     assert signal.getsignal(signal.SIGTERM) == before
     with faults.held_signals(), StopRequest(tmp_path, reads_file=True) as request:
         assert request.requested() == StopCode.NONE  # of another run
+
+
+def test_a_held_signal_that_the_run_does_not_want_ends_it_as_ever(tmp_path):
+    body = f"""
+import signal
+from ardtrain.faults import StopRequest, held_signals
+with held_signals():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("held", file=sys.stderr, flush=True)
+    with StopRequest({str(tmp_path)!r}, reads_file=True, signals=["SIGUSR1"]):
+        print("not reached", file=sys.stderr, flush=True)
+"""
+    assert run_python(body)[:2] == (-signal.SIGTERM, "held\n")

@@ -13,6 +13,7 @@ import yaml
 
 from ardtrain.config import ConfigError, load_config, parse_config
 from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE, differences
+from ardtrain.faults import write_status
 from ardtrain.hostfile import Host
 from ardtrain.launching import submit as submitting
 from ardtrain.launching.job import ROUTES, Elements, exported_variables, script_text, walltime
@@ -45,7 +46,8 @@ def config_of(**launcher):
 def scripts():
     """Every golden: name and how it is made."""
     folder = Path("/shared/work")
-    array = Elements(Path("/shared/work/runs/sweep/elements"), 12, 3)
+    sweep = Path("/shared/work/runs/sweep")
+    array = Elements(sweep, tuple(sweep / f"lora/seed-{seed}" for seed in range(3)), 2)
     for kind, launcher in (("plain", {}), ("full", FULL)):
         for route in ROUTES:
             hosts = TWO if route in ("hosts", "mpi") else ()
@@ -164,6 +166,35 @@ def test_pbs_stops_itself_before_the_walltime(schedulers, capsys):
     assert "job 78.server submitted to pbs" in capsys.readouterr().out
 
 
+def test_pbs_refuses_a_limit_beyond_the_walltime(schedulers):
+    with pytest.raises(ConfigError, match="max_hours=1 ends after launcher.time=01:00:00 less signal_seconds"):
+        submit(["run.yaml", "--to", "pbs", "launcher.time=01:00:00", "max_hours=1"])
+
+
+@pytest.mark.parametrize("given, ok", [("null", True), ("auto", True), ("runs/first/checkpoint-5", False)])
+def test_a_job_resumes_from_the_newest_checkpoint(schedulers, given, ok):
+    arguments = ["run.yaml", "--to", "slurm", f"resume_from_checkpoint={given}"]
+    if ok:
+        assert submit(arguments) == 0
+        assert load_config("runs/first/run.yaml").resume_from_checkpoint == "auto"
+    else:
+        with pytest.raises(ConfigError, match="would be where each requeue starts from"):
+            submit(arguments)
+
+
+def test_a_run_that_lives_is_not_started_twice_whoever_started_it(schedulers):
+    run = schedulers / "runs/first"
+    run.mkdir(parents=True)
+    write_status(run, "started", 3, host="elsewhere", pid=1, job_id="55")
+    (schedulers / "queue").write_text("RUNNING\n")
+    with pytest.raises(ConfigError, match=r"it is running, as its files say \(job 55, host elsewhere\)"):
+        submit(["run.yaml", "--to", "slurm"])
+    (schedulers / "queue").write_text("")  # Slurm has it no more: it died
+    (run / "STOP").touch()
+    assert submit(["run.yaml", "--to", "slurm"]) == 0
+    assert not (run / "STOP").exists()
+
+
 def test_dry_run_prints_the_script_and_writes_nothing(place, capsys):
     assert submit(["run.yaml", "--to", "slurm", "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n")
@@ -280,6 +311,9 @@ def test_an_earlier_status_does_not_count_and_stays_if_nothing_began(tmp_path, c
     assert supervise(tmp_path, child(tmp_path, "exit 0"), os.environ) == 1
     assert "status is `starting`" in capfd.readouterr().err
     assert (tmp_path / "status").read_text() == "finished 3\n"
+    (tmp_path / "status").write_text("requeue 7\n")
+    assert supervise(tmp_path, child(tmp_path, "exit 0"), os.environ) == 1
+    assert (tmp_path / "status").read_text() == "failed 7\n"  # nobody goes on with it
 
 
 def test_a_signal_becomes_the_stop_file_and_the_launcher_is_left_alone(tmp_path):
@@ -315,12 +349,16 @@ def test_an_array_has_one_element_for_each_run_that_can_start(schedulers, capsys
     (schedulers / "suite.yaml").write_text(yaml.safe_dump(suite))
     assert submit(["--array", "suite.yaml", "--to", "slurm", "--at-a-time=2"]) == 0
     root = schedulers / "runs/sweep"
-    folders = (root / "elements").read_text().splitlines()
-    assert len(folders) == 4 and all((Path(folder) / "run.yaml").is_file() for folder in folders)
     script = (root / "job.sh").read_text()
+    block = script[script.index("runs=(") : script.index("\n)\n") + 3]
+    folders = [line.strip() for line in block.splitlines()[1:-1]]
+    assert len(folders) == 4 and all((Path(folder) / "run.yaml").is_file() for folder in folders)
     assert "#SBATCH --array=0-3%2" in script and "%A_%a" in script
     assert "4 runs; when all have ended" in capsys.readouterr().out
     line = next(line for line in script.splitlines() if line.startswith("run="))
     environ = os.environ | {"SLURM_ARRAY_TASK_ID": "2"}
-    one = subprocess.run(["bash", "-c", f'{line}; echo "$run"'], env=environ, capture_output=True, text=True)
+    one = subprocess.run(["bash", "-c", f'{block}{line}; echo "$run"'], env=environ, capture_output=True, text=True)
     assert one.stdout.strip() == folders[2]
+    (schedulers / "queue").write_text("PENDING\n")
+    with pytest.raises(ConfigError, match="its job 77 is PENDING"):  # it would share folders with the first
+        submit(["--array", "suite.yaml", "--to", "slurm"])

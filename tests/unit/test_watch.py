@@ -145,8 +145,10 @@ def test_stop_of_a_run_that_does_not_run_leaves_no_file(tmp_path, capsys, state)
     run = write_run(tmp_path / "run", state, 60)
     (run / "STOP").touch()
     assert stop([str(run)]) == (0 if state in ("finished", "stopped") else 1)
-    assert f"is not running: {state}, step 60 of 100" in capsys.readouterr().out
-    assert not (run / "STOP").exists()
+    said = capsys.readouterr().out
+    assert f"{state}, step 60 of 100" in said
+    assert ("cancel it there" in said) == (state == "requeue")
+    assert (run / "STOP").exists() == (state == "requeue")  # its job comes again
 
 
 def test_stop_of_a_run_that_was_killed_says_so(tmp_path, capsys):

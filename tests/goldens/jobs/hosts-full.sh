@@ -13,8 +13,8 @@ export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
 export GREETING='it'"'"'s a "day"'
 export ARDTRAIN_EXPORT="NCCL_IB_HCA GREETING" # these go to the other hosts as well
-module load cuda/12.8
-source env.sh
+module load cuda/12.8 || exit
+source env.sh || exit
 mkdir -p "$run/logs"
 export MASTER_ADDR=${MASTER_ADDR:-node1} MASTER_PORT=${MASTER_PORT:-25531}
 if ! /shared/env/bin/python -u -m ardtrain doctor --quick --hosts "/shared/work/hosts" "$run/run.yaml"; then

@@ -13,8 +13,8 @@ export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
 export GREETING='it'"'"'s a "day"'
 export ARDTRAIN_EXPORT="NCCL_IB_HCA GREETING" # these go to the other hosts as well
-module load cuda/12.8
-source env.sh
+module load cuda/12.8 || exit
+source env.sh || exit
 mkdir -p "$run/logs"
 export MASTER_ADDR=${MASTER_ADDR:-node1} MASTER_PORT=${MASTER_PORT:-25531}
 exports=() # mpirun hands over what it is told to
@@ -27,5 +27,5 @@ if ! mpirun -np 2 "${one_each[@]}" apptainer exec --nv image.sif /shared/env/bin
   exit 1
 fi
 # The exit code is not mpirun's, which is 0 with some launchers when a process was killed: supervise reads the status.
-exec /shared/env/bin/python -m ardtrain.launching.supervise "$run" -- \
+exec /tmp/w/venv/bin/python -m ardtrain.launching.supervise "$run" -- \
   mpirun -np 8 "${hosts[@]}" apptainer exec --nv image.sif /shared/env/bin/python -u -m ardtrain train "$run/run.yaml"

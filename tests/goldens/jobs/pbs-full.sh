@@ -24,8 +24,8 @@ export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
 export GREETING='it'"'"'s a "day"'
 export ARDTRAIN_EXPORT="NCCL_IB_HCA GREETING" # these go to the other hosts as well
-module load cuda/12.8
-source env.sh
+module load cuda/12.8 || exit
+source env.sh || exit
 mkdir -p "$run/logs"
 # ---- what the run says of itself: "STATE STEP" in $run/status, the newest checkpoint's name in $run/latest
 read_state() {
@@ -49,8 +49,8 @@ if ! /shared/env/bin/python -u -m ardtrain doctor --quick --hosts "$run/hostfile
   exit 1
 fi
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-pid=''
-trap 'if [ -n "$pid" ]; then kill -TERM "$pid"; fi' TERM INT # qdel: save, end, and do not come again
+pid='' cancelled=''
+trap 'cancelled=1; if [ -n "$pid" ]; then kill -TERM "$pid"; fi' TERM INT # qdel: save, end, and do not come again
 /shared/env/bin/python -m ardtrain.launching.supervise "$run" -- \
   /shared/env/bin/deepspeed --hostfile "$run/hostfile" --num_nodes 2 \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --no_local_rank \
@@ -67,15 +67,18 @@ read_state
 read_latest
 again=''
 [ "$rc" = 0 ] && [ "$state" = requeue ] && again="it saved and stopped before the walltime"
-[ "$rc" != 0 ] && [ "$state" != finished ] && [ "$latest" != "$before" ] && again="it failed after progress"
-if [ -n "$again" ]; then
+[ "$rc" != 0 ] && [ "$state" = failed ] && [ "$latest" != "$before" ] && again="it failed after progress"
+if [ -n "$again" ] && [ -z "$cancelled" ]; then
   starts=$(cat "$run/resubmitted" 2>/dev/null || echo 0)
   if [ "$starts" -ge 5 ]; then
     echo "not submitted again although $again: launcher.max_requeues=5 is reached"
   else
     echo $((starts + 1)) >"$run/resubmitted"
     echo "submitted again: $again"
-    qsub "/shared/work/runs/first/job.sh"
+    if ! qsub "/shared/work/runs/first/job.sh"; then
+      echo "it could not be submitted from here; on a login node \`qsub /shared/work/runs/first/job.sh\` goes on with the run"
+      rc=1
+    fi
   fi
 fi
 exit "$rc"

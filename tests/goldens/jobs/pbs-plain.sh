@@ -36,8 +36,8 @@ MASTER_ADDR=$(head -n1 "$PBS_NODEFILE")
 number=${PBS_JOBID%%[!0-9]*}
 export MASTER_ADDR MASTER_PORT=$((20000 + ${number:-0} % 20000))
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-pid=''
-trap 'if [ -n "$pid" ]; then kill -TERM "$pid"; fi' TERM INT # qdel: save, end, and do not come again
+pid='' cancelled=''
+trap 'cancelled=1; if [ -n "$pid" ]; then kill -TERM "$pid"; fi' TERM INT # qdel: save, end, and do not come again
 /shared/env/bin/python -m ardtrain.launching.supervise "$run" -- \
   /shared/env/bin/deepspeed --hostfile "$run/hostfile" --num_nodes 1 \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --no_local_rank \
@@ -54,15 +54,18 @@ read_state
 read_latest
 again=''
 [ "$rc" = 0 ] && [ "$state" = requeue ] && again="it saved and stopped before the walltime"
-[ "$rc" != 0 ] && [ "$state" != finished ] && [ "$latest" != "$before" ] && again="it failed after progress"
-if [ -n "$again" ]; then
+[ "$rc" != 0 ] && [ "$state" = failed ] && [ "$latest" != "$before" ] && again="it failed after progress"
+if [ -n "$again" ] && [ -z "$cancelled" ]; then
   starts=$(cat "$run/resubmitted" 2>/dev/null || echo 0)
   if [ "$starts" -ge 20 ]; then
     echo "not submitted again although $again: launcher.max_requeues=20 is reached"
   else
     echo $((starts + 1)) >"$run/resubmitted"
     echo "submitted again: $again"
-    qsub "/shared/work/runs/first/job.sh"
+    if ! qsub "/shared/work/runs/first/job.sh"; then
+      echo "it could not be submitted from here; on a login node \`qsub /shared/work/runs/first/job.sh\` goes on with the run"
+      rc=1
+    fi
   fi
 fi
 exit "$rc"

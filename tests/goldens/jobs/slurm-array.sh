@@ -6,14 +6,19 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 # ---- what requeueing needs: a signal ahead of the end, to this shell alone, and one log for all starts
-#SBATCH --array=0-11%3
+#SBATCH --array=0-2%2
 #SBATCH --output=/shared/work/runs/sweep/logs/slurm-%A_%a.out
 #SBATCH --requeue --open-mode=append --signal=B:USR1@300
 
 me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # never $SLURM_JOB_ID: the last element's is that of the whole array
+runs=( # a run folder for each element
+  /shared/work/runs/sweep/lora/seed-0
+  /shared/work/runs/sweep/lora/seed-1
+  /shared/work/runs/sweep/lora/seed-2
+)
 # ---- variables of all processes; those that are set already win
 cd "/shared/work" || exit
-run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "/shared/work/runs/sweep/elements")
+run=${runs[$SLURM_ARRAY_TASK_ID]:?}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 cache=/tmp/ardtrain-$(id -un) # on a disk of each node: compiled ops and kernels do not belong on a shared home
@@ -31,10 +36,24 @@ read_latest() {
 }
 read_latest
 before=$latest
-earlier=$(cat "$run/status" 2>/dev/null)
-echo "starting 0" >"$run/status" # what an earlier start wrote must not be taken for this one's
+begin_state() { # what an earlier start wrote must not be taken for this one's
+  earlier='' step_then=0
+  read -r earlier step_then 2>/dev/null <"$run/status" || true
+  echo "starting 0" >"$run/status"
+}
+end_state() { # what nobody goes on with must not look alive
+  local state='' step_now=0
+  read -r state step_now 2>/dev/null <"$run/status" || true
+  case "$state:$earlier" in
+  starting:finished | starting:stopped) echo "$earlier $step_then" >"$run/status" ;;
+  starting:*) echo "failed $step_then" >"$run/status" ;;
+  started:*) echo "failed $step_now" >"$run/status" ;;
+  esac
+}
+begin_state
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+
 
 # ---- one process a task, and no launcher in between: signals reach them, and one that dies ends the step
 pid='' signalled='' cancelled=''
@@ -50,22 +69,36 @@ step() { # a trapped signal ends `wait` early, so it loops
   done
   pid=''
 }
+preempted() { scontrol show job "$me" | grep -q 'PreemptTime=[0-9]'; } # of this start; a requeue clears it
 step /shared/env/bin/python -u -m ardtrain train "$run/run.yaml"
 
 # ---- again? By what the run wrote, never by the exit code alone: launchers change it
 read_state
 read_latest
 again=''
-[ "$state" = requeue ] && again="it saved and stopped on a signal"
-[ "$rc" != 0 ] && [ -n "$signalled" ] && [[ $state == start* ]] && again="the signal came before training could save"
-[ "$rc" != 0 ] && [ "$state" != finished ] && [ "$latest" != "$before" ] && again="it failed after progress"
-[ "$state" = starting ] && [ -z "$again" ] && echo "${earlier:-failed 0}" >"$run/status"
+if [ "$state" = requeue ]; then
+  again="it saved and stopped on a signal"
+elif [ "$rc" != 0 ] && [[ $state == start* ]] && { [ -n "$signalled" ] || preempted; }; then
+  again="the signal came before training could save"
+elif [ "$rc" != 0 ] && [ "$state" != finished ] && [ "$state" != stopped ] && [ "$latest" != "$before" ]; then
+  again="it failed after progress"
+fi
+requeue() {
+  for _ in 1 2 3 4 5; do # a busy controller may not answer at once
+    case "$(squeue -h -j "$me" -o %T)" in COMPLETING | CANCELLED) return ;; esac # somebody has ended it
+    echo "requeued: $again"
+    scontrol requeue "$me" && sleep 60 && exit 0 # Slurm ends this script
+    sleep 10
+  done
+  echo "it could not be requeued; \`sbatch /shared/work/runs/sweep/job.sh\` goes on with the run"
+  rc=1
+}
 if [ -n "$again" ] && [ -z "$cancelled" ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
     echo "not requeued although $again: launcher.max_requeues=20 is reached"
-  elif [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then # a cancelled job is COMPLETING
-    echo "requeued: $again"
-    scontrol requeue "$me" && sleep 60 # Slurm ends this script
+  else
+    requeue
   fi
 fi
+end_state
 exit "$rc"

@@ -28,8 +28,8 @@ export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
 export GREETING='it'"'"'s a "day"'
 export ARDTRAIN_EXPORT="NCCL_IB_HCA GREETING" # these go to the other hosts as well
-module load cuda/12.8
-source env.sh
+module load cuda/12.8 || exit
+source env.sh || exit
 mkdir -p "$run/logs"
 # ---- what the run says of itself: "STATE STEP" in $run/status, the newest checkpoint's name in $run/latest
 read_state() {
@@ -42,10 +42,25 @@ read_latest() {
 }
 read_latest
 before=$latest
-earlier=$(cat "$run/status" 2>/dev/null)
-echo "starting 0" >"$run/status" # what an earlier start wrote must not be taken for this one's
+begin_state() { # what an earlier start wrote must not be taken for this one's
+  earlier='' step_then=0
+  read -r earlier step_then 2>/dev/null <"$run/status" || true
+  echo "starting 0" >"$run/status"
+}
+end_state() { # what nobody goes on with must not look alive
+  local state='' step_now=0
+  read -r state step_now 2>/dev/null <"$run/status" || true
+  case "$state:$earlier" in
+  starting:finished | starting:stopped) echo "$earlier $step_then" >"$run/status" ;;
+  starting:*) echo "failed $step_then" >"$run/status" ;;
+  started:*) echo "failed $step_now" >"$run/status" ;;
+  esac
+}
+begin_state
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+
+export SRUN_CPUS_PER_TASK=12 # srun does not take over sbatch's
 
 # ---- one process a task, and no launcher in between: signals reach them, and one that dies ends the step
 pid='' signalled='' cancelled=''
@@ -61,27 +76,43 @@ step() { # a trapped signal ends `wait` early, so it loops
   done
   pid=''
 }
+preempted() { scontrol show job "$me" | grep -q 'PreemptTime=[0-9]'; } # of this start; a requeue clears it
 step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 apptainer exec --nv image.sif /shared/env/bin/python -u -m ardtrain doctor --meet --quick --run "$run" --config "$run/run.yaml"
-if [ "$rc" = 0 ]; then
+if [ "$rc" = 0 ] && [ -z "$signalled" ]; then
   step apptainer exec --nv image.sif /shared/env/bin/python -u -m ardtrain train "$run/run.yaml"
-elif [ -z "$signalled" ]; then
+elif [ -z "$signalled" ] && ! preempted; then
   echo "the preflight failed, nothing was started; the finding is above"
+else
+  rc=1
 fi
 
 # ---- again? By what the run wrote, never by the exit code alone: launchers change it
 read_state
 read_latest
 again=''
-[ "$state" = requeue ] && again="it saved and stopped on a signal"
-[ "$rc" != 0 ] && [ -n "$signalled" ] && [[ $state == start* ]] && again="the signal came before training could save"
-[ "$rc" != 0 ] && [ "$state" != finished ] && [ "$latest" != "$before" ] && again="it failed after progress"
-[ "$state" = starting ] && [ -z "$again" ] && echo "${earlier:-failed 0}" >"$run/status"
+if [ "$state" = requeue ]; then
+  again="it saved and stopped on a signal"
+elif [ "$rc" != 0 ] && [[ $state == start* ]] && { [ -n "$signalled" ] || preempted; }; then
+  again="the signal came before training could save"
+elif [ "$rc" != 0 ] && [ "$state" != finished ] && [ "$state" != stopped ] && [ "$latest" != "$before" ]; then
+  again="it failed after progress"
+fi
+requeue() {
+  for _ in 1 2 3 4 5; do # a busy controller may not answer at once
+    case "$(squeue -h -j "$me" -o %T)" in COMPLETING | CANCELLED) return ;; esac # somebody has ended it
+    echo "requeued: $again"
+    scontrol requeue "$me" && sleep 60 && exit 0 # Slurm ends this script
+    sleep 10
+  done
+  echo "it could not be requeued; \`sbatch /shared/work/runs/first/job.sh\` goes on with the run"
+  rc=1
+}
 if [ -n "$again" ] && [ -z "$cancelled" ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -ge 5 ]; then
     echo "not requeued although $again: launcher.max_requeues=5 is reached"
-  elif [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then # a cancelled job is COMPLETING
-    echo "requeued: $again"
-    scontrol requeue "$me" && sleep 60 # Slurm ends this script
+  else
+    requeue
   fi
 fi
+end_state
 exit "$rc"
