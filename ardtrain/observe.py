@@ -44,6 +44,7 @@ class RunLog:
         is_main: bool,
         num_steps: int,
         first_step: int = 0,
+        resumed: bool = False,
         show_bar: bool = True,
         trackers: Callable[[], Tracker] | None = None,
     ) -> None:
@@ -52,6 +53,7 @@ class RunLog:
         Args:
             num_steps: optimizer steps of the whole run, the bar's end.
             first_step: steps done already (the step of the checkpoint resumed from; 0 for a new run).
+            resumed: from a checkpoint, which may be one before the first step: its records stay.
             show_bar: False writes the records only.
             trackers: starts what gets the metrics as well; on the main process alone.
         """
@@ -62,7 +64,7 @@ class RunLog:
         if not is_main:
             return
         self._metrics_path, self._ranks_path = (Path(run_dir) / name for name in RECORDS)
-        cut_back(run_dir, first_step if first_step > 0 else -1)
+        cut_back(run_dir, first_step if resumed or first_step > 0 else -1)
         self._tracker = None if trackers is None else trackers()
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not show_bar, mininterval=0.5

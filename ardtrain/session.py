@@ -149,6 +149,7 @@ class Session(ABC):
             is_main=self.world.is_main,
             num_steps=self.data.num_steps,
             first_step=trainer.state.step,
+            resumed=self.resumed is not None,
             trackers=lambda: Trackers(self.config, self.run_dir, first_step=trainer.state.step),
         ) as self.log:
             self.records = Records(self.run_dir, self.log, trainer, self.config)

@@ -10,6 +10,7 @@ import pytest
 
 from ardtrain import observe
 from ardtrain.observe import Clock, RunLog, cut_back, start_logging, truncate_after
+from tests.runs import lines
 
 
 def read(path):
@@ -219,3 +220,16 @@ def test_clock_counts_sections_and_tokens():
     clock.count_tokens(8)
     assert clock.report()["tokens_per_second"] == 2.0
     assert (clock.seconds("allocator"), clock.seconds("never")) == (3.0, 0.0)
+
+
+def test_a_resume_before_the_first_step_keeps_the_start(tmp_path):
+    with RunLog(tmp_path, is_main=True, num_steps=9, show_bar=False) as log:
+        log.ranks(0, {"event": 0})
+        log.metrics(0, {"eval_loss": 5.0})
+    with RunLog(tmp_path, is_main=True, num_steps=9, show_bar=False, first_step=0, resumed=True) as log:
+        log.metrics(1, {"loss": 4.0})
+    assert [line["step"] for line in lines(tmp_path / "ranks.jsonl")] == [0]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1]
+    with RunLog(tmp_path, is_main=True, num_steps=9, show_bar=False):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
