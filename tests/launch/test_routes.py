@@ -87,8 +87,8 @@ def wait_gone(cluster, name, timeout=150):
 def test_submit_to_hosts_asks_by_the_stop_file_and_goes_on(cluster, runs_folder, long_alone):
     shutil.copy(cluster.hostfile(slots=1), runs_folder / "hostfile")
     awkward = 'a "b" $HOME `id` \\ *'
-    config = config_of(runs_folder, "hosts", **LONG, launcher={"env": {"AWKWARD": awkward}})
-    run = runs_folder / "hosts"
+    config = config_of(runs_folder, "overssh", **LONG, launcher={"env": {"AWKWARD": awkward}})
+    run = runs_folder / "overssh"
     done = cluster.run(
         "node1", [sys.executable, "-m", "ardtrain", "submit", str(config), "--to", "hosts"], cwd=runs_folder
     )
@@ -105,7 +105,7 @@ def test_submit_to_hosts_asks_by_the_stop_file_and_goes_on(cluster, runs_folder,
     assert again.returncode == 2 and "its job still runs" in again.stdout
     (guard,) = [pid for pid, command in cluster.processes("node1") if "launching.supervise" in command]
     os.kill(guard, 15)
-    wait_gone(cluster, "hosts", 60)
+    wait_gone(cluster, "overssh", 60)
     state, step = (run / "status").read_text().split()
     assert state == "stopped" and int(step) >= 20
     assert (run / "latest").read_text() == f"checkpoint-{step}\n"
