@@ -51,7 +51,7 @@ def wait_state(cluster, job, *states, timeout=150):
 def log(cluster, job):
     path = re.search(r"StdOut=(\S+)", cluster.run("node1", ["scontrol", "show", "job", job]).stdout)[1]
     try:
-        return open(path, errors="replace").read()[-4000:]
+        return open(path, errors="replace").read()
     except OSError as error:
         return str(error)
 
