@@ -63,7 +63,8 @@ def scripts():
 
 
 def normal(text):
-    """Without this checkout's path."""
+    """Without the paths of this environment and checkout."""
+    text = text.replace(sys.executable, "PYTHON")
     return text.replace(str(Path(submitting.__file__).parents[1]), "PACKAGE")
 
 

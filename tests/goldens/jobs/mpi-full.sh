@@ -27,5 +27,5 @@ if ! mpirun -np 2 "${one_each[@]}" apptainer exec --nv image.sif /shared/env/bin
   exit 1
 fi
 # The exit code is not mpirun's, which is 0 with some launchers when a process was killed: supervise reads the status.
-exec /tmp/w/venv/bin/python -m ardtrain.launching.supervise "$run" -- \
+exec PYTHON -m ardtrain.launching.supervise "$run" -- \
   mpirun -np 8 "${hosts[@]}" apptainer exec --nv image.sif /shared/env/bin/python -u -m ardtrain train "$run/run.yaml"
