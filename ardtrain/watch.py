@@ -20,10 +20,10 @@ from ardtrain.faults import host_name, read_status
 WAIT_SECONDS = 1800.0  # of `stop --wait`
 POLL_SECONDS = 0.5
 QUIET_SECONDS = 900.0  # without a line in any file; a run whose lines are further apart may be quiet longer
-JOB_FILE = "job.json"  # what was submitted last
-RUNNING = ("starting", "started")  # the first is a job script's word
 LOADING_SECONDS = 4 * 3600.0  # the same before the first step
 SPEED_LINES = 20  # of metrics.jsonl: the seconds of a step are their mean
+JOB_FILE = "job.json"  # what was submitted last
+RUNNING = ("starting", "started")  # the first is a job script's word
 
 
 @dataclass(frozen=True)

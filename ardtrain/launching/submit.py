@@ -97,7 +97,7 @@ def _submit_run(request: Request) -> int:
                 [f"max_hours={config.max_hours:g} ends after launcher.time={config.launcher.time} less signal_seconds; "
                  "PBS would end the run unsaved: lower it or leave it out"]
             )  # fmt: skip
-        raw.setdefault("max_hours", round(most, 4))
+        raw["max_hours"] = round(most, 4) if config.max_hours is None else config.max_hours
         config = parse_config(raw)
     folder = Path.cwd()
     hosts = _hosts(config, request.route, folder)
@@ -243,8 +243,10 @@ def _is_job_script(pid: int, script: Path) -> bool:
 def check_times(config: RunConfig) -> None:
     """Refuses a walltime that does not hold two checkpoints, where the run's own records tell how long a step takes."""
     block, run_dir = config.launcher, Path(config.output_dir)
-    seconds = seconds_per_step(run_dir)
-    if seconds is None or config.save_steps is None:
+    if config.save_steps is None or not (run_dir / "status").is_file():
+        return
+    seconds = look(run_dir).seconds_per_step
+    if seconds is None:
         return
     between = seconds * config.save_steps
     if block.seconds - block.signal_seconds < 2 * between:
@@ -254,28 +256,6 @@ def check_times(config: RunConfig) -> None:
                 f"about {between:.0f} s in this run so far; ask for more time or lower save_steps"
             ]
         )
-
-
-def seconds_per_step(run_dir: Path) -> float | None:
-    """From metrics.jsonl: of the last lines of one start that count steps and seconds; None: not known."""
-    points: list[tuple[int, float]] = []
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if "elapsed_seconds" in record:
-            point = (int(record["step"]), float(record["elapsed_seconds"]))
-            if points and point[1] <= points[-1][1]:
-                points = []  # another start's clock
-            points.append(point)
-    if len(points) < 2 or points[-1][0] == points[0][0]:
-        return None
-    return (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
 
 
 def check_changes(config: RunConfig) -> list[str]:
