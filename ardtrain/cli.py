@@ -19,7 +19,6 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
 Without CONFIG: the file that ARDTRAIN_CONFIG names, else ./ardtrain.yaml"""
-DEFAULT_CONFIG = "ardtrain.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,25 +62,6 @@ def _tell_mistakes(verb: str, mistakes: Sequence[str]) -> None:
         print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a value may hold no valid text
 
 
-def with_config(arguments: list[str]) -> list[str]:
-    """The arguments with a config in front: the one given, or what ARDTRAIN_CONFIG names, or ./ardtrain.yaml.
-
-    Raises:
-        ConfigError: none of the three is there.
-    """
-    from ardtrain.config import ConfigError
-
-    if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):
-        return arguments
-    default = os.environ.get("ARDTRAIN_CONFIG") or (DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None)
-    if default is None:
-        raise ConfigError(
-            ["no config: name one, for example `deepspeed --num_nodes 2 ardtrain/main.py train run.yaml`, or set "
-             f"ARDTRAIN_CONFIG, or put {DEFAULT_CONFIG} here"]
-        )  # fmt: skip
-    return [default, *arguments]
-
-
 def _one(arguments: list[str], verb: str, what: str) -> list[str]:
     """The arguments, of which the first must be there. Raises ConfigError."""
     from ardtrain.config import ConfigError
@@ -116,10 +96,12 @@ def _name_the_accelerator() -> None:
 
 
 def _train(arguments: list[str]) -> int:
-    config, *overrides = with_config(arguments)
     from ardtrain.faults import held_signals
 
-    with held_signals():
+    with held_signals():  # ahead of all that takes time
+        from ardtrain.config.text import with_config
+
+        config, *overrides = with_config(arguments, os.environ)
         _name_the_accelerator()
         from ardtrain.run import train
 
@@ -127,7 +109,9 @@ def _train(arguments: list[str]) -> int:
 
 
 def _validate(arguments: list[str]) -> int:
-    config, *overrides = with_config(arguments)
+    from ardtrain.config.text import with_config
+
+    config, *overrides = with_config(arguments, os.environ)
     _name_the_accelerator()
     from ardtrain.run import validate
 
@@ -136,7 +120,9 @@ def _validate(arguments: list[str]) -> int:
 
 
 def _fetch(arguments: list[str]) -> int:
-    config, *overrides = with_config(arguments)
+    from ardtrain.config.text import with_config
+
+    config, *overrides = with_config(arguments, os.environ)
     from ardtrain.fetching import fetch
 
     return fetch(config, overrides)

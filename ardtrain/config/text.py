@@ -19,6 +19,9 @@ _FLOAT = re.compile(
 _REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")  # a revision may look like a date
 
 
+DEFAULT_CONFIG = "ardtrain.yaml"
+
+
 class ConfigError(ValueError):
     """What is wrong with a config, one line for each mistake; `errors` holds the lines."""
 
@@ -71,6 +74,23 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise ConfigError([f"{source}{line}: {error.problem}; correct the YAML there"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{source}: {type(error).__name__}; correct the YAML there"]) from None
+
+
+def with_config(arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The arguments with a config in front: the one given, or what ARDTRAIN_CONFIG names, or ./ardtrain.yaml.
+
+    Raises:
+        ConfigError: none of the three is there.
+    """
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("--"):
+        return list(arguments)
+    default = environ.get("ARDTRAIN_CONFIG") or (DEFAULT_CONFIG if Path(DEFAULT_CONFIG).exists() else None)
+    if default is None:
+        raise ConfigError(
+            ["no config: name one, for example `deepspeed --num_nodes 2 ardtrain/main.py train run.yaml`, or set "
+             f"ARDTRAIN_CONFIG, or put {DEFAULT_CONFIG} here"]
+        )  # fmt: skip
+    return [default, *arguments]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import cast
 
 from ardtrain.config import ConfigError, RunConfig, load_config, parse_config
 from ardtrain.config.resuming import differences
-from ardtrain.config.text import merged, parse_overrides, read_yaml, write_yaml
+from ardtrain.config.text import merged, parse_overrides, read_yaml, with_config, write_yaml
 from ardtrain.faults import replace_file
 from ardtrain.hostfile import Host, read_hostfile, unequal_slots
 from ardtrain.launching.job import ROUTES, Elements, Route, script_text
@@ -76,9 +76,10 @@ def read_arguments(arguments: list[str]) -> Request:
         raise ConfigError([f"--to={route} is no route; choose one of {', '.join(ROUTES)}"])
     if array and route != "slurm":
         raise ConfigError([f"--array --to={route}: arrays are built for slurm only; use it, or `ardtrain compare`"])
-    if not kept:
-        raise ConfigError(["submit: which config? for example: ardtrain submit run.yaml --to slurm"])
-    return Request(kept[0], cast(Route, route), dry_run, array, at_a_time, kept[1:])
+    if array and not kept:
+        raise ConfigError(["--array: which suite? for example: ardtrain submit --array suite.yaml --to slurm"])
+    path, *overrides = kept if array else with_config(kept, os.environ)
+    return Request(path, cast(Route, route), dry_run, array, at_a_time, overrides)
 
 
 def _submit_run(request: Request) -> int:

@@ -77,3 +77,22 @@ def test_one_process_a_host_tells_mistakes(tmp_path, capsys, monkeypatch, variab
         head = "ardtrain validate: 1 mistake(s)\n" if speaks == "run" else f"{host_name()}: "
         assert error.startswith(head) and str(config) in error
         assert error.count("\n") == (2 if speaks == "run" else 1)
+
+
+def test_without_a_config_train_takes_the_default_or_shows_a_command(tmp_path, monkeypatch, capsys):
+    import ardtrain.run
+    from ardtrain.cli import main
+
+    taken = []
+    monkeypatch.setattr(ardtrain.run, "train", lambda config, overrides: taken.append((config, overrides)) or 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ARDTRAIN_CONFIG", raising=False)
+    assert main([]) == 2
+    assert "deepspeed --num_nodes 2 ardtrain/main.py train run.yaml" in capsys.readouterr().err
+    (tmp_path / "ardtrain.yaml").touch()
+    assert main(["--local_rank=0"]) == 0
+    assert main(["train", "r=4"]) == 0
+    monkeypatch.setenv("ARDTRAIN_CONFIG", "other.yaml")
+    assert main([]) == 0
+    assert main(["mine.yaml"]) == 0
+    assert taken == [("ardtrain.yaml", []), ("ardtrain.yaml", ["r=4"]), ("other.yaml", []), ("mine.yaml", [])]

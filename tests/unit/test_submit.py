@@ -161,6 +161,16 @@ def test_slurm_gets_the_script_and_one_config(schedulers, capsys):
         submit(["run.yaml", "--to=slurm"])
 
 
+def test_without_a_config_the_default_is_taken(schedulers, monkeypatch):
+    (schedulers / "run.yaml").rename("ardtrain.yaml")
+    assert submit(["--to", "slurm", "learning_rate=0.5"]) == 0
+    assert load_config("runs/first/run.yaml").learning_rate == 0.5
+    (schedulers / "ardtrain.yaml").rename("other.yaml")
+    monkeypatch.setenv("ARDTRAIN_CONFIG", "other.yaml")
+    assert submit(["--to", "slurm", "learning_rate=0.25"]) == 0
+    assert load_config("runs/first/run.yaml").learning_rate == 0.25
+
+
 def test_pbs_stops_itself_before_the_walltime(schedulers, capsys):
     # An explicit null, as every resolved config has it, is no leave to run into the walltime.
     given = ["launcher.time=01:00:00", "launcher.signal_seconds=600", "max_hours=null"]
@@ -207,7 +217,9 @@ def test_dry_run_prints_the_script_and_writes_nothing(place, capsys):
 @pytest.mark.parametrize("arguments, text", [
     (["run.yaml"], "--to= is no route; choose one of slurm, pbs, hosts, mpi"),
     (["run.yaml", "--to", "lsf"], "--to=lsf is no route"),
-    (["--to", "slurm"], "which config"),
+    (["--to", "slurm"], "no config: name one"),
+    (["--to", "slurm", "r=4"], "no config: name one"),
+    (["--array", "--to", "slurm"], "--array: which suite"),
     (["run.yaml", "--to", "pbs", "--array"], "arrays are built for slurm"),
     (["run.yaml", "--to", "slurm", "--at-a-time", "0"], "--at-a-time=0 must be"),
     (["absent.yaml", "--to", "slurm"], "absent.yaml cannot be read"),
