@@ -204,7 +204,8 @@ class ArdLoraBlock(Block):
     l1: float = Field(default=0.0, ge=0)
     """First price of a component, in alpha_scale's units; the controller moves it."""
     l1_max: float = Field(default=10.0, gt=0)
-    tv_form: Literal["temporal", "temporal_l2"] = "temporal"
+    tv_form: Literal["temporal", "temporal_l2", "depth", "heads"] = "temporal"
+    """Of what the variation is taken: over time, over layers (with tie matrix or layer), over a matrix's heads."""
     beta: float = Field(default=0.25, ge=0, lt=1)
     """Weight of the total variation beside the l1 price; below 1, or no rank would ever fall."""
     target_r: float | None = Field(default=None, gt=0)
@@ -394,6 +395,12 @@ class RunConfig(Block):
             errors.append("ard_lora.budget=false stands beside ard_lora.target_r; remove one")
         if block.r_max is not None and block.r_max < self.r:
             errors.append(f"ard_lora.r_max={block.r_max} lies below the first rank, r={self.r}; raise it")
+        ties = {"depth": ("matrix", "layer"), "heads": ("none", "head")}.get(block.tv_form, (block.tie,))
+        if block.tie not in ties:
+            errors.append(
+                f"ard_lora.tv_form={block.tv_form} stands beside ard_lora.tie={block.tie}, which has no such "
+                f"neighbours; set ard_lora.tie={' or '.join(ties)}, or another tv_form"
+            )
         if block.tie == "head" and block.mlp_heads > 1:
             errors.append(
                 f"ard_lora.tie=head stands beside ard_lora.mlp_heads={block.mlp_heads}, whose pseudo-heads are "

@@ -2,7 +2,8 @@
 
 `rank = r0 * alpha`, made differentiable by a mask over a head's components, which stand in a fixed order: component i
 has the gate `clamp((r0 alpha - i - 1/2) / w + 1/2, 0, 1)` and the first is never closed. alpha follows the gates'
-gradient, an l1 price (which the budget controller moves) and a total variation over time, both as one proximal step.
+gradient, an l1 price (which the budget controller moves) and a total variation, both as one proximal step
+(variation.py).
 Tensors change seldom: their sizes come from a list of capacities. At the freeze the gates are folded into B and alpha
 is gone.
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from ardtrain.methods.base import Binding, FixedRank, Needs, StateKind, Statistics
 from ardtrain.methods.lora import Lora
 from ardtrain.methods.sensitivity import row_sums
+from ardtrain.methods.variation import TvForm, alpha_step, chains_of
 from ardtrain.ranks import RankPlan, RankTable, Site, SiteChange
 
 MIN_GATE_TO_SORT = 0.25  # below it, unfolding the boundary gate would enlarge a row too much (methods.md H10)
@@ -56,7 +58,7 @@ class ArdLoraSettings:
     meta_interval: int
     l1: float
     l1_max: float
-    tv_form: Literal["temporal", "temporal_l2"]
+    tv_form: TvForm
     beta: float
     target_r: float | None
     controller_rate: float
@@ -85,6 +87,7 @@ class ArdLora(FixedRank):
         names = sorted({k for own in keys for k in own})
         place = {k: i for i, k in enumerate(names)}
         self.num_alphas = len(names)
+        self._chains = chains_of(names, settings.tv_form)
         widest = max(len(own) for own in keys)
         self._owner = torch.tensor([[place[k] for k in own] + [0] * (widest - len(own)) for own in keys])  # [U, g]
         self._share = torch.tensor(
@@ -217,7 +220,9 @@ class ArdLora(FixedRank):
             gradient = gradient / (mean_square.sqrt() + 1e-30)
         alpha = state["alpha"]
         price, before = float(controller[_LAMBDA]), self._over_budget()
-        alpha += proximal_step(gradient, rate=s.lr_alpha, l1=price, beta=s.beta, form=s.tv_form)
+        alpha += alpha_step(
+            alpha, gradient, rate=s.lr_alpha, l1=price, beta=s.beta, form=s.tv_form, chains=self._chains
+        )
         alpha.copy_(torch.minimum(torch.maximum(alpha, self._lowest()), self._highest()))
         if self._target is not None:
             over = self._over_budget()
@@ -499,18 +504,6 @@ def ramp(ranks: Tensor, place: Tensor, width: float) -> tuple[Tensor, Tensor]:
     position = (ranks - place - 0.5) / width + 0.5
     inside = (position >= 0.0) & (position <= 1.0)
     return position.clamp(0.0, 1.0), inside.double() / width
-
-
-def proximal_step(gradient: Tensor, *, rate: float, l1: float, beta: float, form: str) -> Tensor:
-    """Change of alpha: l1 price and total variation over time as one proximal step (methods.md H4).
-
-    temporal: soft(-rate (g + l1), rate l1 beta), nothing moves unless |g + l1| > l1 beta. temporal_l2: the squared
-    difference, -rate (g + l1) / (1 + rate l1 beta).
-    """
-    wanted = -rate * (gradient + l1)
-    if form == "temporal_l2":
-        return wanted / (1.0 + rate * l1 * beta)
-    return torch.sign(wanted) * (wanted.abs() - rate * l1 * beta).clamp_min(0.0)
 
 
 def bucket(need: int, capacities: Sequence[int] | None, most: int) -> int:

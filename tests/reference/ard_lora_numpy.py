@@ -6,6 +6,7 @@ and 1.4, the controller's damping as ard_lora.py argues it; AdamW as in arXiv 17
 Letters: N examples, I in, O out, R components, H heads that share a site's components, U units (heads or matrices).
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ class Settings:
     """One run. Events (a look at the capacities) come every `every` steps from `warm`; alphas move every `alpha_every`.
 
     share: for each unit the alphas whose mean it takes. target: of all ranks, or None. mask: ramp, hard or sigmoid.
+    chains: alphas that are neighbours; then the variation is taken along them instead of over time.
     """
 
     total: int
@@ -38,6 +40,7 @@ class Settings:
     mask: str = "ramp"
     width: float = 1.0
     taus: tuple = (1.0, 0.1)
+    chains: tuple = ()
     betas: tuple = (0.9, 0.999)
     eps: float = 1e-8
     decay: float = 0.01
@@ -148,12 +151,12 @@ def train(weights, sites, batches, newborn, scale, s):
                     square = 0.9 * square + 0.1 * float((gradient**2).mean())
                     gradient = gradient / (math.sqrt(square / (1 - 0.9**updates)) + 1e-30)
                 before = _over(ranks, r_max, s)
-                alphas = alphas + _proximal(gradient, price, s)
+                alphas = _moved(alphas, gradient, price, s)
                 alphas = _clipped(alphas, sites, share, r0, r_max)
                 ranks = r0 * (share @ alphas)
                 if s.target is not None:
                     over = _over(ranks, r_max, s)
-                    speed = s.rate_alpha * (1.0 if s.squared else 1 - s.beta) * r0.sum() / s.target
+                    speed = s.rate_alpha * (1.0 if s.squared or s.chains else 1 - s.beta) * r0.sum() / s.target
                     damping = min(2 * math.sqrt(s.rate_price / speed), 1 / speed)
                     price = min(max(price + s.rate_price * over + damping * (over - before), 0.0), s.most_price)
         event = ""
@@ -269,6 +272,34 @@ def _adam(sites, grads, step, s):
             m[:] = s.betas[0] * m + (1 - s.betas[0]) * gradient
             v[:] = s.betas[1] * v + (1 - s.betas[1]) * gradient**2
             value -= s.rate * (m / (1 - s.betas[0] ** step)) / (np.sqrt(v / (1 - s.betas[1] ** step)) + s.eps)
+
+
+def _moved(alphas, gradient, price, s):
+    if not s.chains:
+        return alphas + _proximal(gradient, price, s)
+    out = alphas - s.rate_alpha * (gradient + price)
+    for chain in s.chains:
+        out[chain] = smoothed(out[chain], s.rate_alpha * price * s.beta)
+    return out
+
+
+def smoothed(values, weight):
+    """The least of |x - values|^2 / 2 + weight sum |x_i - x_(i-1)|: the best of all ways to cut the chain into pieces
+    of one value and to order neighbouring pieces."""
+    best, least = values, math.inf
+    for cuts in itertools.product((-1, 0, 1), repeat=len(values) - 1):  # 0: no cut; 1: the next piece lies higher
+        edges = [0, *(i + 1 for i, c in enumerate(cuts) if c), len(values)]
+        signs = [0, *(c for c in cuts if c), 0]
+        x = np.concatenate(
+            [
+                np.full(end - start, values[start:end].mean() + weight * (signs[k + 1] - signs[k]) / (end - start))
+                for k, (start, end) in enumerate(itertools.pairwise(edges))
+            ]
+        )
+        value = 0.5 * float(((x - values) ** 2).sum()) + weight * float(np.abs(np.diff(x)).sum())
+        if value < least:
+            best, least = x, value
+    return best
 
 
 def _proximal(gradient, price, s):

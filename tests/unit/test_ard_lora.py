@@ -22,14 +22,15 @@ from ardtrain.methods.ard_lora import (
     bucket,
     make_units,
     project,
-    proximal_step,
     sorted_components,
     tied_keys,
 )
 from ardtrain.methods.base import Binding, Statistics
 from ardtrain.methods.lora import Lora
+from ardtrain.methods.variation import alpha_step, chains_of, proximal_step, smoothed
 from ardtrain.ranks import RankTable, Site
 from ardtrain.trainer import LoopState
+from tests.reference import ard_lora_numpy as reference
 from tests.tiny import ARD, HeldOutBatches, TokenBatches, ard_lora, equal_bits, sites_of, tiny_llama, tiny_trainer
 
 FEW = TokenBatches(num_grains=1)
@@ -227,6 +228,54 @@ def test_alpha_rests_inside_the_band_and_moves_outside():
     gradient = torch.tensor([-1.6, -1.49, -1.0, -0.51, -0.4], dtype=torch.float64)
     step = proximal_step(gradient, rate=0.1, l1=1.0, beta=0.5, form="temporal")
     assert step.sign().tolist() == [1, 0, 0, 0, -1]
+
+
+@pytest.mark.parametrize("length", [2, 3, 5])
+def test_variation_along_a_chain_minimises_its_objective(length):
+    numbers = np.random.default_rng(length)
+    for weight in (0.01, 0.3, 2.0):
+        values = numbers.normal(size=length)
+        ours = smoothed(torch.from_numpy(values), weight).numpy()
+        assert ours == pytest.approx(reference.smoothed(values, weight), abs=1e-12)
+    assert ours == pytest.approx(np.full(length, values.mean()), abs=1e-12)  # a heavy weight leaves one value
+
+
+def test_two_neighbours_by_hand():
+    """0 and 1 with weight 0.3 come 0.3 nearer each; with 0.6 they meet."""
+    pair = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert smoothed(pair, 0.3).tolist() == pytest.approx([0.3, 0.7], abs=1e-15)
+    assert smoothed(pair, 0.6).tolist() == pytest.approx([0.5, 0.5], abs=1e-15)
+    assert smoothed(pair, 0.0) is pair
+    step = {"rate": 0.1, "l1": 1.0, "beta": 0.5, "chains": [[0, 1]]}
+    moved = alpha_step(pair, torch.tensor([0.0, -2.0], dtype=torch.float64), form="depth", **step)
+    assert moved.tolist() == pytest.approx([-0.05, 0.05], abs=1e-15)  # to -0.1 and 1.1, then 0.05 nearer each
+
+
+def test_chains_follow_layers_by_number_and_heads_of_one_matrix():
+    modules = [f"model.layers.{i}.self_attn.{m}" for i in range(11) for m in ("k_proj", "q_proj")]
+    names = sorted(modules)  # text order: layer 10 comes before layer 2
+    chains = chains_of(names, "depth")
+    assert sorted([names[i] for i in chain] for chain in chains) == [modules[0::2], modules[1::2]]
+    heads = [f"model.layers.{i}.q_proj:{h:06d}" for i in range(2) for h in range(3)]
+    assert chains_of(heads, "heads") == [[0, 1, 2], [3, 4, 5]]
+    tied = ["model.layers.0.mlp.up_proj", *(f"model.layers.0:head.{h:06d}" for h in range(3))]
+    assert chains_of(tied, "heads") == [[1, 2, 3]]
+    assert chains_of(heads, "temporal") == []
+
+
+def test_variation_over_depth_pulls_layers_together(world):
+    """The same run with and without it: with it the alphas of a kind of matrix lie closer along the layers."""
+    spread = {}
+    for form in ("depth", "temporal"):
+        method = ard_lora(tie="matrix", tv_form=form, l1=2.0, beta=0.9, target_r=None)
+        trainer = pushed(tiny_trainer(method, form="shared_a", r=4, learning_rate=2e-2, data=FEW))
+        for _ in range(20):
+            trainer.train_step()
+        alpha = trainer.method.binding.state["alpha"]
+        chains = trainer.method._chains or spread["chains"]
+        spread |= {"chains": chains, form: sum(float(alpha[c].diff().abs().sum()) for c in chains)}
+        trainer.arena.engine.destroy()
+    assert spread["depth"] < 0.5 * spread["temporal"]
 
 
 # ---- alpha over time (H8, H14) ----

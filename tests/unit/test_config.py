@@ -242,6 +242,15 @@ def test_block_of_another_method_is_refused():
             "ard_lora.target_r=0.5 is a budget below one component",
         ),
         ({"method": "ard_lora", "ard_lora": {"target_r": 2, "budget": False}}, "ard_lora.budget=false stands beside"),
+        (
+            {"method": "ard_lora", "ard_lora": {"tv_form": "depth"}},
+            "ard_lora.tv_form=depth stands beside ard_lora.tie=none, which has no such neighbours; set "
+            "ard_lora.tie=matrix or layer",
+        ),
+        (
+            {"method": "ard_lora", "ard_lora": {"tv_form": "heads", "tie": "layer"}},
+            "ard_lora.tv_form=heads stands beside ard_lora.tie=layer",
+        ),
         ({"method": "ard_lora", "ard_lora": {"r_max": 4}}, "ard_lora.r_max=4 lies below the first rank, r=8"),
         ({"method": "ard_lora", "ard_lora": {"meta_interval": 4}}, "ard_lora.meta_interval=4 needs held-out rows"),
         (
