@@ -77,6 +77,7 @@ def test_two_hosts_equal_one_process_to_the_bit(cluster, runs_folder, alone):
     assert "fit to train" in log(cluster, job)  # the preflight's last line
 
 
+@pytest.mark.full
 def test_the_time_limit_saves_requeues_and_resumes(cluster, runs_folder):
     slow = LONG | {"global_batch_size": 48}  # lasts until the limit, on a fast machine too
     expected = unbroken(cluster, runs_folder, "limit_alone", **slow)
@@ -132,6 +133,7 @@ def test_ten_preemptions_in_a_row_lose_nothing(cluster, runs_folder):
     assert fingerprint(run) == expected
 
 
+@pytest.mark.full
 def test_cancelled_stays_cancelled_and_the_next_submit_goes_on_with_other_hosts(cluster, runs_folder, long_alone):
     job, run = submit(cluster, runs_folder, "cancelled", **LONG)
     wait_step(run, 25)
@@ -160,6 +162,7 @@ def running(cluster):
     return cluster.run("node1", ["squeue", "-h"]).stdout.strip()
 
 
+@pytest.mark.full
 def test_scontrol_requeue_saves_and_resumes(cluster, runs_folder, long_alone):
     job, run = submit(cluster, runs_folder, "requeued", **LONG)
     wait_step(run, 25)
@@ -206,6 +209,7 @@ def wait_for(test, timeout):
         time.sleep(0.3)
 
 
+@pytest.mark.full
 def test_a_stopped_process_is_ended_by_the_watchdog_of_the_others(cluster, runs_folder):
     job, run = submit(
         cluster, runs_folder, "hung", **LONG | {"max_steps": 4000, "save_steps": 400, "watchdog_seconds": 8}
@@ -217,6 +221,7 @@ def test_a_stopped_process_is_ended_by_the_watchdog_of_the_others(cluster, runs_
     assert "no step for 8 s" in text
 
 
+@pytest.mark.full
 def test_a_lost_host_is_requeued_and_the_run_goes_on(cluster, runs_folder, long_alone):
     job, run = submit(cluster, runs_folder, "lost", **LONG)
     wait_step(run, 25)
@@ -230,6 +235,7 @@ def test_a_lost_host_is_requeued_and_the_run_goes_on(cluster, runs_folder, long_
     assert fingerprint(run) == long_alone
 
 
+@pytest.mark.full
 def test_one_element_of_an_array_requeues_alone(cluster, runs_folder):
     values = json.loads(write_run(runs_folder, "element", **LONG | {"max_steps": 200}).read_text())
     suites_own = ("output_dir", "method", "elalora", "resume_from_checkpoint", "learning_rate")
