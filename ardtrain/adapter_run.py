@@ -19,6 +19,7 @@ from ardtrain.engines import BackboneEngine
 from ardtrain.faults import StopCode
 from ardtrain.methods.base import Method
 from ardtrain.preflight import Prepared
+from ardtrain.quantized import dequantize_modules
 from ardtrain.resize import LiveArena
 from ardtrain.schedule import LOSS_SCALE_START
 from ardtrain.session import Session, Surroundings, logger, loop_state
@@ -279,7 +280,9 @@ class AdapterRun(Session):
         dtype = self.prepared.plan.compute_dtype
         difference = None
         if self.prepared.shape.num_base * DTYPES[dtype].itemsize <= LOGITS_CHECK_BYTES:
-            difference = export.compare_with_peft(building, self.load_base(), ids, logits)
+            base = self.load_base()
+            dequantize_modules(base)  # the same numbers, in linears that PEFT knows
+            difference = export.compare_with_peft(building, base, ids, logits)
             limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
             if not difference <= limit:
                 raise RuntimeError(

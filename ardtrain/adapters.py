@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from ardtrain.arena import ArenaLayout
 from ardtrain.heads import Heads, HeadSide
+from ardtrain.quantized import Packing, QuantizedLinear, QuantizedProduct
 from ardtrain.ranks import Dense, Site
+
+FrozenModule = nn.Linear | QuantizedLinear  # what an adapter may sit on
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -42,6 +45,22 @@ class FrozenLinear(torch.autograd.Function):
         return torch.matmul(grad, weight), None, None
 
 
+def frozen_product(x_BTI: Tensor, layer: AdapterLinear, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` [B, T, O] of the layer's frozen weight, whatever form it is kept in."""
+    out: Tensor
+    if layer.packing is not None:
+        out = QuantizedProduct.apply(x_BTI, layer.weight, bias, layer.packing)  # type: ignore[no-untyped-call]
+    else:
+        out = FrozenLinear.apply(x_BTI, layer.weight, bias)
+    return out
+
+
+def frozen_weight(layer: AdapterLinear | FrozenModule) -> Tensor:
+    """The frozen weight [O, I] in the compute dtype: itself, or dequantised."""
+    packing: Packing | None = getattr(layer, "packing", None)
+    return layer.weight.detach() if packing is None else packing.dequantize(layer.weight)
+
+
 class AdapterLinear(nn.Module):
     """`W x + bias + B^T (m * (A dropout(x)))` with m = scaling, times the diagonal and the gates where there are any.
 
@@ -52,10 +71,11 @@ class AdapterLinear(nn.Module):
     bias: Tensor | None
     gates_per_component = 1
 
-    def __init__(self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0) -> None:
+    def __init__(self, linear: FrozenModule, *, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight  # [O, I]
+        self.weight = linear.weight  # [O, I], or as the packing says
+        self.packing: Packing | None = getattr(linear, "packing", None)  # of a quantised weight
         self.bias = linear.bias  # [O] or None
         self.scaling = scaling
         self.dropout = dropout
@@ -73,7 +93,7 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """[B, T, I] -> [B, T, O]; any leading dimensions."""
-        out: Tensor = FrozenLinear.apply(x_BTI, self.weight, self.bias)
+        out = frozen_product(x_BTI, self, self.bias)
         if self.views is None:  # rank 0 costs nothing
             return out
         return out + self.product(x_BTI)
@@ -108,9 +128,9 @@ class DoraLinear(AdapterLinear):
     so the grains of a step share it; W is read in the forward, where ZeRO-3 has gathered it.
     """
 
-    def __init__(self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0) -> None:
+    def __init__(self, linear: FrozenModule, *, scaling: float, dropout: float = 0.0) -> None:
         super().__init__(linear, scaling=scaling, dropout=dropout)
-        self._squares = linear.weight.detach().double().square().sum(dim=1).float()  # [O], before W is sharded
+        self._squares = frozen_weight(linear).double().square().sum(dim=1).float()  # [O], before W is sharded
         self._norm: Tensor | None = None
 
     @property
@@ -127,7 +147,7 @@ class DoraLinear(AdapterLinear):
             return super().forward(x_BTI)
         if self._norm is None:
             self._norm = self.column_norm()
-        whole = FrozenLinear.apply(x_BTI, self.weight, None) + self.product(x_BTI)
+        whole = frozen_product(x_BTI, self, None) + self.product(x_BTI)
         out: Tensor = (whole * (self.views["magnitude"].view(-1) / self._norm)).to(x_BTI.dtype)
         return out if self.bias is None else out + self.bias
 
@@ -138,7 +158,8 @@ class DoraLinear(AdapterLinear):
         if self._squares.device != self.weight.device:
             self._squares = self._squares.to(self.weight.device)
         a, b = self.views["lora_A"].detach().float(), self.views["lora_B"].detach().float()  # [R, I], [R, O]
-        crossed = (self.weight @ a.to(self.weight.dtype).t()).float()  # [O, R]
+        weight = frozen_weight(self)
+        crossed = (weight @ a.to(weight.dtype).t()).float()  # [O, R]
         s = self.scaling
         inner = (2.0 * s * crossed + (s * s) * (b.t() @ (a @ a.t()))) * b.t()
         return (self._squares + inner.sum(dim=1)).clamp_min(1e-20).sqrt()
@@ -153,7 +174,7 @@ class HeadLinear(AdapterLinear):
     """
 
     def __init__(
-        self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0, num_heads: int, side: HeadSide
+        self, linear: FrozenModule, *, scaling: float, dropout: float = 0.0, num_heads: int, side: HeadSide
     ) -> None:
         super().__init__(linear, scaling=scaling, dropout=dropout)
         self.num_heads, self.side = num_heads, side
@@ -205,7 +226,7 @@ class SharedHeadLinear(AdapterLinear):
     """
 
     def __init__(
-        self, linear: nn.Linear, *, scaling: float, dropout: float = 0.0, num_heads: int, side: HeadSide
+        self, linear: FrozenModule, *, scaling: float, dropout: float = 0.0, num_heads: int, side: HeadSide
     ) -> None:
         super().__init__(linear, scaling=scaling, dropout=dropout)
         self.gates_per_component, self.side = num_heads, side

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ardtrain.adapters import linear_modules, make_sites, select_modules
+from ardtrain.quantized import Format, quantize_modules, unshared
 from ardtrain.ranks import Site, named_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,6 +66,7 @@ def meta_model(source: ModelSource, *, num_labels: int | None = None) -> PreTrai
     num_labels: classes of a sequence classifier; None: a causal language model.
     """
     config = load_config(source)
+    _refuse_quantized_files(source, config)
     auto: Any = AutoModelForCausalLM
     if num_labels is not None:
         auto, config.num_labels = AutoModelForSequenceClassification, num_labels
@@ -77,6 +79,16 @@ def meta_model(source: ModelSource, *, num_labels: int | None = None) -> PreTrai
                 "another model or task"
             ) from error
     return model
+
+
+def _refuse_quantized_files(source: ModelSource, config: Any) -> None:
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        raise ValueError(
+            f"model_name_or_path={source.name_or_path!r} holds weights that are quantised already ({method}), "
+            "which are not read; take the base in bf16 or fp32 and set quantization: int8 or nf4"
+        )
 
 
 def load_model(
@@ -214,9 +226,7 @@ def find_sites(
     Raises:
         ValueError: a target matches nothing, a rank exceeds a module, or `targets` names a tower the model lacks.
     """
-    output = model.get_output_embeddings()
-    skip = [name for name, module in model.named_modules() if output is not None and module is output]
-    linears = linear_modules(model, skip=[*skip, *head_linears(model)])
+    linears = base_linears(model)
     modules = select_modules(linears, target_modules=target_modules, exclude_modules=exclude_modules)
     towers = {name: tower_of(name) for name in modules}
     unknown = sorted(set(tower_settings) - set(towers.values()))
@@ -226,6 +236,27 @@ def find_sites(
             f"{', '.join(sorted(set(towers.values())))}"
         )
     return make_sites(linears, modules, r=r, lora_alpha=lora_alpha, tower_of=towers, tower_settings=tower_settings)
+
+
+def base_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Path -> linear of the base, in `named_modules()` order: all but the output embedding and a classification head.
+
+    These are what adapters may sit on and, when the base is quantised, what is quantised.
+    """
+    output = model.get_output_embeddings()
+    skip = [name for name, module in model.named_modules() if output is not None and module is output]
+    return linear_modules(model, skip=[*skip, *head_linears(model)])
+
+
+def quantize_base(model: PreTrainedModel, format: Format, *, carried: bool = False) -> None:
+    """Quantises the base's linears in place, adapted or not. Embeddings, norms, convolutions, biases, and weights that
+    are no linear's (the stacked experts of some mixtures) or another module's as well stay as they are.
+
+    carried: for a base that DeepSpeed offloads to NVMe (quantized.Packing).
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    quantize_modules(model, unshared(model, list(base_linears(model))), format, carried=carried)
 
 
 def head_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:

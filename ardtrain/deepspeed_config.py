@@ -44,6 +44,11 @@ _REFUSED_FOR_FULL = {  # dotted key -> (the values it may have, why not others)
     "torch_autocast.enabled": ((False,), "held-out loss would be computed otherwise; write bf16 or fp16"),
     "gradient_predivide_factor": ((1,), "sums would hang on the stage; remove it"),
 }
+_REFUSED_WHERE_QUANTIZED = {  # of zero_optimization -> why not beside a quantised base
+    "stage3_use_all_reduce_for_fetch_params": "it sums tensors of one dtype, and the base has two; remove it",
+    "zero_quantized_weights": "DeepSpeed would quantise codes once more; remove one of the two",
+    "zero_quantized_nontrainable_weights": "DeepSpeed would quantise codes once more; remove one of the two",
+}
 _ZERO_KEYS = {  # of zero_optimization: understood, so not worth a note
     *("stage", "offload_param", "offload_optimizer", "overlap_comm", "contiguous_gradients", "sub_group_size"),
     *("reduce_scatter", "reduce_bucket_size", "allgather_partitions", "allgather_bucket_size"),
@@ -66,6 +71,12 @@ class DeepSpeedPlan:
     optimizer_offload: bool
     notes: list[str] = field(default_factory=list)
     full: dict[str, Any] | None = None
+
+    @property
+    def base_on_nvme(self) -> bool:
+        """Is the frozen base offloaded to NVMe?"""
+        offload: dict[str, Any] = self.backbone.get("zero_optimization", {}).get("offload_param", {})
+        return offload.get("device") == "nvme"
 
 
 def with_deepspeed(config: RunConfig) -> RunConfig:
@@ -253,6 +264,12 @@ def split_deepspeed(config: RunConfig, *, world_size: int, trainable_numbers: in
         )
     offload = _offload_optimizer(zero, errors, notes, world_size=world_size, trainable_numbers=trainable_numbers)
     _check_offload_param(zero, errors, stage=stage)
+    if config.quantization is not None:
+        errors += [
+            f"deepspeed.zero_optimization.{key}={zero[key]} stands beside quantization={config.quantization}: {reason}"
+            for key, reason in _REFUSED_WHERE_QUANTIZED.items()
+            if zero.get(key) not in (None, False, "auto")
+        ]
     if errors:
         raise ConfigError(errors)
     backbone_stage: Literal[0, 3] = 3 if stage == 3 else 0

@@ -159,7 +159,9 @@ def write_peft(
 def compare_with_peft(folder: Path, base: torch.nn.Module, input_ids: Tensor, logits: Tensor) -> float:
     """Largest difference between `logits` [B, T, V] and those of PEFT's own reading of the folder on `base`.
 
-    base: the model as transformers loads it, without our adapters; PEFT's layers stay in it.
+    base: the model as transformers loads it, without our adapters; PEFT's layers stay in it. One that was trained on in
+    few bits comes dequantised (quantized.dequantize_modules): the adapter belongs to those numbers, and so a merge must
+    be made into them, or say how far the full base is from them.
     """
     from peft import PeftModel
 

@@ -329,8 +329,9 @@ def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
 def summary(config: RunConfig, shape: Shape, train: TrainData, notes: Sequence[str]) -> str:
     """What `ardtrain validate` prints and a run begins with."""
     share = shape.num_trained / shape.num_base
+    bits = "" if config.quantization is None else f", linears in {config.quantization}"
     lines = [
-        f"model: {config.model_name_or_path}, {shape.num_base:,} frozen parameters",
+        f"model: {config.model_name_or_path}, {shape.num_base:,} frozen parameters{bits}",
         f"method: {config.method}, {len(shape.table.sites)} sites, total rank {shape.table.total}, "
         f"{shape.num_trained:,} trained numbers ({share:.2%})",
         schedule_text(config, train),

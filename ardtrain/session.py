@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ardtrain import __version__, checkpoint, preflight
-from ardtrain.backbones import DTYPES, init_head, load_model
+from ardtrain.backbones import DTYPES, init_head, load_model, quantize_base
 from ardtrain.collectives import World
 from ardtrain.config import RunConfig, dump_config, num_warmup_steps
 from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE
@@ -107,7 +107,7 @@ class Session(ABC):
                 replace_file(self.run_dir / "config.yaml", dump_config(self.config))
 
     def load_base(self) -> PreTrainedModel:
-        """The base as transformers loads it; a new classifier head is a function of the run's seed."""
+        """The base as transformers loads it, quantised if so set; a new classifier head is a function of the seed."""
         labels = self.prepared.shape.labels
         model = load_model(
             preflight.model_source(self.config),
@@ -118,6 +118,8 @@ class Session(ABC):
         )
         if labels:
             init_head(model, self.config.seed)
+        if self.config.quantization is not None:
+            quantize_base(model, self.config.quantization, carried=self.prepared.plan.base_on_nvme)
         return model
 
     def loop_settings(self) -> LoopSettings:

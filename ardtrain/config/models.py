@@ -293,6 +293,8 @@ class RunConfig(Block):
 
     bf16: bool = False
     fp16: bool = False
+    quantization: Literal["int8", "nf4"] | None = None
+    """Keep the linears of the frozen base in 8 bit (a scale a row) or 4 bit (NormalFloat, a scale for 64 weights)."""
     gradient_checkpointing: bool = False
     num_threads: int = Field(default=1, ge=1)
     """Threads of each process on the CPU; sums depend on it."""
@@ -378,6 +380,11 @@ class RunConfig(Block):
                 unset = name not in self.model_fields_set or getattr(self, name) == field.get_default()
                 if not unset:  # a resolved config names every setting
                     errors.append(f"{name} has no meaning for method=full, which trains every weight; remove it")
+            if self.quantization is not None:
+                errors.append(
+                    f"quantization={self.quantization} keeps a frozen base in few bits, and method=full trains every "
+                    "weight; remove it or choose an adapter"
+                )
         if self.method == "alora" and self.data.allocation_file is None and self.data.eval_file is None:
             errors.append("method=alora judges components on held-out rows; set data.allocation_file or data.eval_file")
         if self.task == "sequence_classification" and self.packing:

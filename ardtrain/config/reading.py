@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,9 @@ ALIASES: dict[str, dict[str, str]] = {
         "seq_length": "max_length",
         "max_seq_length": "max_length",
         "sample_packing": "packing",
+        "load_in_8bit": "quantization",
+        "load_in_4bit": "quantization",
+        "quantization_bit": "quantization",
     },
     "elalora": {
         "tinit": "init_warmup",
@@ -138,6 +141,8 @@ def _canonical(raw: dict[Any, Any], errors: list[str], path: tuple[str, ...] = (
     said: dict[str, str] = {}
     for key, value in raw.items():
         name = aliases.get(str(key), str(key))
+        if key in ("load_in_8bit", "load_in_4bit") and value in (False, None):
+            continue  # the usual pair of the two says one thing
         if name in result:
             errors.append(
                 f"{_dotted(path, key)} and {_dotted(path, said[name])} are the same setting; keep one of them"
@@ -147,7 +152,8 @@ def _canonical(raw: dict[Any, Any], errors: list[str], path: tuple[str, ...] = (
         said[name] = str(key)
         if isinstance(value, dict) and inner[0] != "deepspeed":
             value = _canonical(value, errors, inner)
-        result[name] = _llamafactory_targets(value) if key == "lora_target" else value
+        translate = _TRANSLATED.get(str(key))
+        result[name] = translate(value) if translate else value
     return result
 
 
@@ -156,6 +162,19 @@ def _llamafactory_targets(value: object) -> object:
     if not isinstance(value, str):
         return value
     return "all-linear" if value == "all" else [part.strip() for part in value.split(",")]
+
+
+def _bits(value: object) -> object:
+    """LLaMA-Factory's `quantization_bit` as our format's name; what is neither 8 nor 4 stays, to be refused."""
+    return {8: "int8", 4: "nf4"}.get(value, value) if type(value) is int else value
+
+
+_TRANSLATED: dict[str, Callable[[object], object]] = {  # other trainers' names whose values differ from ours as well
+    "lora_target": _llamafactory_targets,
+    "load_in_8bit": lambda value: "int8" if value is True else value,
+    "load_in_4bit": lambda value: "nf4" if value is True else value,
+    "quantization_bit": _bits,
+}
 
 
 def _without_unknown(raw: dict[str, Any], errors: list[str], path: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -141,7 +141,7 @@ ALIAS_VALUES = {
     "learning_rate": 0.5,
 }
 ALIAS_VALUES |= dict.fromkeys(("model_name_or_path", "revision", "tokenizer_name_or_path", "target_modules"), "x")
-ALIAS_VALUES |= {"exclude_modules": "x"}
+ALIAS_VALUES |= {"exclude_modules": "x", "quantization": "nf4"}
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES[""].items())
@@ -166,6 +166,40 @@ def test_aliases_inside_blocks():
 @pytest.mark.parametrize(("value", "meaning"), [("all", "all-linear"), ("q_proj, v_proj", ("q_proj", "v_proj"))])
 def test_llamafactory_target_values(value, meaning):
     assert config_of(lora_target=value).target_modules == meaning
+
+
+@pytest.mark.parametrize(
+    ("given", "meaning"),
+    [
+        ({"load_in_8bit": True}, "int8"),
+        ({"load_in_4bit": True}, "nf4"),
+        ({"load_in_8bit": False, "load_in_4bit": True}, "nf4"),
+        ({"load_in_8bit": False, "load_in_4bit": False}, None),
+        ({"quantization_bit": 8}, "int8"),
+        ({"quantization_bit": 4}, "nf4"),
+        ({"quantization_bit": None}, None),
+        ({}, None),
+    ],
+)
+def test_other_trainers_words_for_a_quantised_base(given, meaning):
+    assert config_of(**given).quantization == meaning
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"quantization_bit": 3}, "quantization=3 must be 'int8' or 'nf4'"),
+        ({"quantization_bit": True}, "quantization=True must be 'int8' or 'nf4'"),
+        ({"load_in_4bit": 8}, "quantization=8 must be 'int8' or 'nf4'"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "load_in_4bit and load_in_8bit are the same setting; keep one"),
+        (
+            {"method": "full", "quantization": "nf4"},
+            "quantization=nf4 keeps a frozen base in few bits, and method=full",
+        ),
+    ],
+)
+def test_quantization_that_makes_no_sense(given, line):
+    assert [found for found in lines_of(**given) if found.startswith(line)], lines_of(**given)
 
 
 ADALORA = {"target_r": 4, "tinit": 10, "tfinal": 20}

@@ -54,6 +54,27 @@ def test_stages_1_and_2_mean_0_for_the_backbone_and_are_the_adapters(stage):
     assert plan_of(zero(stage), adapter_zero_stage=1).adapter["zero_optimization"] == {"stage": 1}
 
 
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights"])
+def test_deepspeeds_own_quantising_is_refused_beside_ours(key):
+    lines = refused(zero(3, **{key: True}), quantization="int8")
+    assert lines == [
+        f"deepspeed.zero_optimization.{key}=True stands beside quantization=int8: DeepSpeed would quantise codes once "
+        "more; remove one of the two"
+    ]
+    assert plan_of(zero(3, **{key: False}), quantization="int8").backbone_stage == 3
+    assert plan_of(zero(3, **{key: True})).backbone_stage == 3
+
+
+def test_fetching_by_all_reduce_is_refused_for_a_quantised_base():
+    lines = refused(zero(3, stage3_use_all_reduce_for_fetch_params=True), quantization="nf4")
+    assert len(lines) == 1 and "it sums tensors of one dtype" in lines[0]
+
+
+def test_plan_says_whether_the_base_lies_on_nvme():
+    assert plan_of(zero(3, offload_param={"device": "nvme", "nvme_path": "/x"})).base_on_nvme
+    assert not plan_of(zero(3, offload_param={"device": "cpu"})).base_on_nvme and not plan_of().base_on_nvme
+
+
 def test_stage_3_keys_go_to_the_backbone_and_unknown_ones_are_noted():
     keys = {"stage3_prefetch_bucket_size": 5, "stage3_max_live_parameters": "auto", "zero_hpz_partition_size": 4}
     aio = {"queue_depth": 8}

@@ -18,7 +18,8 @@ MAY_IMPORT_ONLY = {
     "schedule": {"schedule"},
     "arena": {"ranks"},
     "heads": {"ranks"},
-    "adapters": {"ranks", "arena", "heads"},
+    "quantized": {"quantized"},
+    "adapters": {"ranks", "arena", "heads", "quantized"},
     "methods": {"ranks", "schedule", "methods"},
     "resize": {"arena", "engines", "collectives", "ranks", "methods.base"},  # of the methods the protocol alone
     "environment": set(),
