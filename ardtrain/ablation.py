@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ardtrain.adapters import AdapterLinear, DenseLinear, bind_arena, drop_views
+from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.collectives import World, deal
 from ardtrain.data import Batch, additive_mask
@@ -322,7 +322,7 @@ class AblationScorer:
     def __init__(
         self,
         module: nn.Module,
-        adapters: Mapping[str, AdapterLinear | DenseLinear],
+        adapters: Mapping[str, AdapterLinear | DenseModule],
         data: Grains,
         *,
         world: World,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ardtrain import checkpoint, export, preflight, zero_checkpoint
 from ardtrain.ablation import AblationScorer
-from ardtrain.adapters import AdapterLinear, DenseLinear, Form, attach, attach_dense, bind_arena, first_dense
+from ardtrain.adapters import AdapterLinear, DenseModule, Form, attach, attach_dense, bind_arena, first_dense
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, head_linears
 from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
@@ -23,6 +24,7 @@ from ardtrain.quantized import dequantize_modules
 from ardtrain.resize import LiveArena
 from ardtrain.schedule import LOSS_SCALE_START
 from ardtrain.session import Session, Surroundings, logger, loop_state
+from ardtrain.token_rows import TokenRows, embedding_path
 from ardtrain.trainer import LoopState, Trainer, tensor_digest
 
 EXPORT_SECONDS = 3600.0  # the watchdog's patience while the base is loaded once more
@@ -113,13 +115,23 @@ class AdapterRun(Session):
             form = "dora"
         elif config.method == "ard_lora":
             form = (config.ard_lora or ArdLoraBlock()).layout
-        self.adapters: dict[str, AdapterLinear | DenseLinear] = {
+        self.adapters: dict[str, AdapterLinear | DenseModule] = {
             **attach(model, sites, dropout=dropout, form=form, heads=shape.heads)
         }
         if shape.labels:
             self.adapters |= attach_dense(model, list(head_linears(model)))
         self.first_dense = first_dense(self.adapters)
         self.backbone = BackboneEngine(model, stage=plan.backbone_stage, config=plan.backbone, device=self.world.device)
+        if shape.tokens:
+            self._attach_tokens(model)
+
+    def _attach_tokens(self, model: PreTrainedModel) -> None:
+        """Binds the trained rows to the embeddings; the first start reads them. All processes must call this."""
+        path, first = embedding_path(model), None
+        if self.resumed is None:
+            first = self.backbone.read_rows(path, self.prepared.shape.tokens)
+        self.adapters[path] = rows = TokenRows(model, self.prepared.shape.tokens, first)
+        self.first_dense |= first_dense({path: rows})
 
     def _build_trainer(self) -> Trainer:
         if self.resumed is None:
@@ -220,6 +232,7 @@ class AdapterRun(Session):
             revision=self.config.revision,
             lora_dropout=self.config.lora_dropout,
             task_type="SEQ_CLS" if self.prepared.shape.labels else "CAUSAL_LM",
+            token_ids=self.prepared.shape.tokens,
         )
         export.write_peft(folder, master, layout, config, heads=self.prepared.shape.heads, gates=gates)
 
@@ -258,7 +271,8 @@ class AdapterRun(Session):
             The largest logit difference to PEFT's, or None where the base is too large to load once more.
         """
         model: Any = self.backbone.module.eval()
-        ids = torch.arange(1, 33, device=self.world.device).remainder(model.get_input_embeddings().num_embeddings)[None]
+        some = torch.tensor([*range(1, 33), *self.prepared.shape.tokens[:32]], device=self.world.device)
+        ids = some.remainder(model.get_input_embeddings().num_embeddings)[None]
         gates = self.method.gates(self.trainer.state.step)
         on_device = None if gates is None else gates.to(self.world.device)
         bind_arena(self.adapters, self.arena.layout, self.arena.engine.weights, on_device)

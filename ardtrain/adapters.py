@@ -287,7 +287,18 @@ def attach(
     return out
 
 
-class DenseLinear(nn.Module):
+class DenseModule(nn.Module):
+    """What is trained in full: the loop hands it the views of its entries, part -> view of the leaf."""
+
+    views: Mapping[str, Tensor]
+    first: Mapping[str, Tensor]  # part -> first values
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views, self.first = {}, {}
+
+
+class DenseLinear(DenseModule):
     """A linear that is trained in full: its weight and bias are views of the arena, cast to the compute dtype.
 
     Its own parameters are gone from the model, so ZeRO-3 neither shards nor gathers them.
@@ -296,10 +307,7 @@ class DenseLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.first = {"weight": linear.weight.detach().float().clone()}  # part -> first values
-        if linear.bias is not None:
-            self.first["bias"] = linear.bias.detach().float().clone()
-        self.views: Mapping[str, Tensor] = {}
+        self.first = {n: p.detach().float().clone() for n, p in linear.named_parameters(recurse=False)}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -331,19 +339,19 @@ def dense_entries(linears: Mapping[str, nn.Linear]) -> tuple[Dense, ...]:
     return tuple(out)
 
 
-def first_dense(adapters: Mapping[str, AdapterLinear | DenseLinear]) -> dict[tuple[str, str], Tensor]:
+def first_dense(adapters: Mapping[str, AdapterLinear | DenseModule]) -> dict[tuple[str, str], Tensor]:
     """First values of the dense entries by (module, part): magnitudes and trained linears."""
     out: dict[tuple[str, str], Tensor] = {}
     for name, adapter in adapters.items():
         if isinstance(adapter, DoraLinear):
             out[name, "magnitude"] = adapter.first_magnitude
-        elif isinstance(adapter, DenseLinear):
+        elif isinstance(adapter, DenseModule):
             out |= {(name, part): values for part, values in adapter.first.items()}
     return out
 
 
 def bind_arena(
-    adapters: Mapping[str, AdapterLinear | DenseLinear], layout: ArenaLayout, leaf: Tensor, gates: Tensor | None = None
+    adapters: Mapping[str, AdapterLinear | DenseModule], layout: ArenaLayout, leaf: Tensor, gates: Tensor | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """Hands each adapter its views of the leaf [N] and its part of the gates; returns the views by module and part.
 
@@ -357,7 +365,7 @@ def bind_arena(
         pieces = dict(zip((m for m, _ in owners), torch.split(gates, sizes), strict=True))
     for module, adapter in adapters.items():
         own = views.get(module)
-        if isinstance(adapter, DenseLinear):
+        if isinstance(adapter, DenseModule):
             adapter.views = own or {}
         else:
             alive = own if own is not None and "lora_A" in own else None
@@ -365,10 +373,10 @@ def bind_arena(
     return views
 
 
-def drop_views(adapters: Mapping[str, AdapterLinear | DenseLinear]) -> None:
+def drop_views(adapters: Mapping[str, AdapterLinear | DenseModule]) -> None:
     """Forgets all views, so that the arena behind them can be freed."""
     for adapter in adapters.values():
-        if isinstance(adapter, DenseLinear):
+        if isinstance(adapter, DenseModule):
             adapter.views = {}
         else:
             adapter.bind(None, (0,))

@@ -13,7 +13,7 @@ import logging
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,16 @@ class BackboneEngine:
         """Frees weights that backward left gathered (the first layer's, whose inputs need no gradient)."""
         if self._engine is not None:
             self._engine.optimizer.partition_all_parameters()
+
+    def read_rows(self, path: str, rows: Sequence[int]) -> Tensor:
+        """[n, D] float32 on the host: rows of a module's weight, which is gathered once. All processes must call this.
+
+        path: of the module. rows: their numbers.
+        """
+        weight = self.module.get_parameter(f"{path}.weight")
+        sharded = contextlib.nullcontext() if self._engine is None else deepspeed.zero.GatheredParameters([weight])
+        with sharded, torch.no_grad():
+            return weight[torch.tensor(rows, device=weight.device)].float().cpu()
 
     def gathered_parameters(self) -> int:
         """How many sharded parameters are whole on this process now; 0 after `release`."""

@@ -8,7 +8,7 @@ by one. Sites of rank 0 are not in it. architecture.md 6.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ardtrain.arena import ArenaLayout
 from ardtrain.heads import Heads
+from ardtrain.token_rows import PART as TOKEN_ROWS
 
 PEFT_PREFIX = "base_model.model."
 # Largest logit difference to PEFT's, as a share of the largest logit: folding the scale into B rounds B once, in
@@ -50,6 +51,8 @@ def peft_tensors(
         values = block.of(master).clone()
         if block.part == "magnitude":
             out[f"{PEFT_PREFIX}{block.module}.lora_magnitude_vector"] = values.view(-1)
+        elif block.part == TOKEN_ROWS:
+            out[f"{PEFT_PREFIX}{block.module}.token_adapter.trainable_tokens_delta"] = values
         else:
             out[f"{PEFT_PREFIX}{block.module}.{block.part}"] = values.view(-1) if block.part == "bias" else values
     return out
@@ -100,12 +103,14 @@ def peft_config(
     revision: str | None,
     lora_dropout: float,
     task_type: str = "CAUSAL_LM",
+    token_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """The content of adapter_config.json."""
+    """The content of adapter_config.json. token_ids: of the trained rows of the embedding, in their order."""
     ranks = {module: sum(own) for module, own in layout.site_ranks.items() if sum(own)}
     largest = max(ranks.values(), default=1)
     uneven = {module: r for module, r in ranks.items() if r != largest}
     parts = {(entry.module, entry.part) for entry in layout.dense}
+    in_full = {m.partition(".")[0] for m, part in parts if part not in ("magnitude", TOKEN_ROWS)}
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -124,7 +129,8 @@ def peft_config(
         "inference_mode": True,
         "init_lora_weights": True,
         # PEFT adds the top-level `classifier` or `score` itself: a path below it would be wrapped twice.
-        "modules_to_save": sorted({m.partition(".")[0] for m, part in parts if part != "magnitude"}) or None,
+        "modules_to_save": sorted(in_full) or None,
+        "trainable_token_indices": list(token_ids) or None,
     }
 
 

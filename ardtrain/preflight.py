@@ -48,6 +48,7 @@ from ardtrain.methods import build
 from ardtrain.methods.alora import num_matrix_types
 from ardtrain.methods.base import Method
 from ardtrain.ranks import Dense, RankTable, Site
+from ardtrain.token_rows import find_tokens, refuse_whole_embeddings, token_entry
 
 UNKNOWN_STEPS = 1 << 40  # longer than any schedule
 
@@ -63,6 +64,7 @@ class Shape:
     heads: Mapping[str, Heads] = field(default_factory=dict)  # of ARD-LoRA
     dense: tuple[Dense, ...] = ()
     labels: tuple[str, ...] = ()  # of a classification run
+    tokens: tuple[int, ...] = ()  # whose rows of the embedding are trained
     rows: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # of init_from: site -> part -> [r, columns]
 
 
@@ -82,6 +84,9 @@ def check_model(config: RunConfig) -> Shape:
     try:
         model = meta_model(model_source(config), num_labels=len(labels) or None)
         trained_linears = head_linears(model) if labels else {}
+        refuse_whole_embeddings(model, modules_to_save=config.modules_to_save, target_modules=config.target_modules)
+        tokens = _trained_tokens(config, model)
+        trained = (*dense_entries(trained_linears), *token_entry(model, tokens))
         sites, ranks, heads = _sites(config, model)
         rows: dict[str, dict[str, Tensor]] = {}
         if config.init_from is not None:
@@ -97,7 +102,7 @@ def check_model(config: RunConfig) -> Shape:
     table = RankTable.start(sites, ranks)
     if config.method == "full":
         return Shape(RankTable.start((), ()), num_base, num_base, fingerprint, labels=labels)
-    shape = Shape(table, 0, num_base, fingerprint, heads, dense_entries(trained_linears), labels, rows)
+    shape = Shape(table, 0, num_base, fingerprint, heads, trained, labels, tokens, rows)
     _check_shortlist(config, table)
     method = make_method(config, shape, total_steps=UNKNOWN_STEPS)  # for shapes alone
     dense = (*method.dense(sites), *shape.dense)
@@ -126,6 +131,13 @@ def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[
     if block.layout == "own_a":
         sites, ranks = split_heads(sites, ranks, heads)
     return sites, ranks, heads
+
+
+def _trained_tokens(config: RunConfig, model: PreTrainedModel) -> tuple[int, ...]:
+    """Ids of the tokens whose rows are trained, ascending; the tokenizer is loaded for names alone."""
+    wanted = config.trainable_tokens or ()
+    tokenizer = tokenizer_of(config) if any(isinstance(token, str) for token in wanted) else None
+    return find_tokens(wanted, tokenizer, num_rows=model.get_input_embeddings().num_embeddings) if wanted else ()
 
 
 def read_labels(config: RunConfig) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ardtrain import schedule
-from ardtrain.adapters import AdapterLinear, DenseLinear, bind_arena, drop_views
+from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
 from ardtrain.data import Batch
@@ -202,7 +202,7 @@ class Trainer:
     settings: LoopSettings
     world: World
     backbone: Backbone
-    adapters: Mapping[str, AdapterLinear | DenseLinear]
+    adapters: Mapping[str, AdapterLinear | DenseModule]
     arena: LiveArena
     method: Method
     data: Steps

@@ -33,7 +33,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 LETTERS = "\n" + "".join(chr(code) for code in range(32, 127))
 
 
-def tiny_llama(seed=0, *, layers=2, hidden=32, heads=4, kv_heads=2, mlp=64, vocab=128, dtype=torch.float32):
+def tiny_llama(seed=0, *, layers=2, hidden=32, heads=4, kv_heads=2, mlp=64, vocab=128, tied=False, dtype=torch.float32):
     """A frozen random Llama; the same weights for the same arguments, rounded once to `dtype`."""
     config = LlamaConfig(
         vocab_size=vocab,
@@ -43,7 +43,7 @@ def tiny_llama(seed=0, *, layers=2, hidden=32, heads=4, kv_heads=2, mlp=64, voca
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=128,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=3,

@@ -247,6 +247,10 @@ class RunConfig(Block):
     """all-linear, a list of name endings, or one regular expression for the full name (PEFT)."""
     exclude_modules: str | tuple[str, ...] | None = None
     """As target_modules: what to leave out."""
+    trainable_tokens: Annotated[tuple[int | str, ...] | None, BeforeValidator(tuple_of)] = None
+    """Tokens (names or ids) whose rows of the input embedding are trained beside the adapters."""
+    modules_to_save: Annotated[tuple[str, ...] | None, BeforeValidator(tuple_of)] = None
+    """PEFT's; refused, an embedding with its bytes: use trainable_tokens. A classification head is trained anyway."""
     targets: dict[str, TargetBlock] = {}
     """Adapter settings by tower, such as {vision: {r: 4}}."""
     elalora: ElaLoraBlock | None = None
@@ -375,7 +379,8 @@ class RunConfig(Block):
         if self.ard_lora is not None:
             errors += self._ard_lora_errors(self.ard_lora)
         if self.method == "full":
-            for name in ("r", "use_rslora", "lora_dropout", "target_modules", "exclude_modules"):
+            names = ("r", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "trainable_tokens")
+            for name in names:
                 field = type(self).model_fields[name]
                 unset = name not in self.model_fields_set or getattr(self, name) == field.get_default()
                 if not unset:  # a resolved config names every setting

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 _SECRET = re.compile(r"(?:token|secret|password|api_?key)s?(?:$|[_-])", re.IGNORECASE)
-_COUNT = re.compile(r"(?:max|min|num)_", re.IGNORECASE)  # max_new_tokens is no secret
+_NO_SECRET = re.compile(r"(?:max|min|num)_|trainable_tokens$", re.IGNORECASE)  # max_new_tokens is none
 _FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$"
     r"|\.(?:nan|NaN|NAN)$"
@@ -155,7 +155,7 @@ def secret_errors(raw: object, path: str = "") -> list[str]:
     if isinstance(raw, dict):
         for key, value in raw.items():
             name = f"{path}{key}"
-            if _SECRET.search(str(key)) and not _COUNT.match(str(key)):
+            if _SECRET.search(str(key)) and not _NO_SECRET.match(str(key)):
                 errors.append(f"{name} looks like a secret, and configs are written into run folders; remove it and "
                               "set it in the environment (such as HF_TOKEN)")  # fmt: skip
             else:
