@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.collectives import World, deal
-from ardtrain.data import Batch, additive_mask
-from ardtrain.evaluation import Grains
+from ardtrain.data import Batch
+from ardtrain.evaluation import Grains, model_inputs
+from ardtrain.logits import LogitHead
 
 WITHOUT, ONLY = 0, 1  # the two sides of CS: one component off in M, one component on in M_none
 
@@ -256,24 +257,20 @@ class _Grain:
 
     def __init__(self, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> None:
         self.rows, self.num_places = batch.input_ids.shape[0], batch.input_ids.numel()
-        self.inputs: dict[str, Tensor] = {"input_ids": batch.input_ids}  # each [B, ...]; as in evaluation
         self.options: dict[str, Any] = {}
         self.places: Tensor | None = None  # [n] positions among B * T whose next token is a target; None for classes
-        if batch.block_mask is not None:
-            self.inputs["attention_mask"] = additive_mask(batch.block_mask, mask_dtype)
-        elif batch.attention_mask is not None:
-            self.inputs["attention_mask"] = batch.attention_mask.to(torch.int64)
+        given = model_inputs(batch, device=device, mask_dtype=mask_dtype)
         if batch.class_labels is not None:
+            del given["position_ids"]  # as evaluation.class_logits
             targets = batch.class_labels
             if batch.token_type_ids is not None:
-                self.inputs["token_type_ids"] = batch.token_type_ids
+                given["token_type_ids"] = batch.token_type_ids
         else:
-            self.inputs["position_ids"] = batch.position_ids
             self.options["use_cache"] = False
-            following = F.pad(batch.labels[:, 1:], (0, 1), value=-100).reshape(-1)  # what each position predicts
-            places = torch.nonzero(following != -100).view(-1)
-            self.places, targets = places.to(device), following[places]
-        self.inputs = {name: values.to(device) for name, values in self.inputs.items()}
+            places, targets = batch.targets()
+            self.places = places.to(device)
+        # Each [B, ...]; a mask of None is left out.
+        self.inputs = {name: values.to(device) for name, values in given.items() if values is not None}
         self.targets = targets.to(device)  # [n]
         self.num_targets = len(targets)
 
@@ -281,10 +278,15 @@ class _Grain:
         """The model's inputs, [C * B, ...], copy after copy."""
         return {name: _repeated(values, copies) for name, values in self.inputs.items()} | self.options
 
+    def places_of(self, copies: int) -> Tensor:
+        """[C * n] positions among C * B * T of the targets, copy after copy."""
+        assert self.places is not None
+        starts = torch.arange(copies, device=self.places.device) * self.num_places
+        return (starts.unsqueeze(1) + self.places).view(-1)
+
     def at_targets(self, values: Tensor, copies: int) -> Tensor:
         """[C * n, X] rows at the target positions of [C * B, T, X], copy after copy."""
-        by_copy = values.reshape(copies, -1, values.shape[-1])
-        return by_copy[:, self.places].flatten(0, 1)
+        return values.reshape(-1, values.shape[-1])[self.places_of(copies)]
 
 
 class _Lane(NamedTuple):
@@ -315,6 +317,7 @@ class AblationScorer:
             pruned. The backward passes keep the activations of one grain.
         prefix_cache: start at the ablated layer; needs decoder layers that run once each, in order.
         target_logits_only: the vocabulary's GEMM at target positions only.
+        logit_head: does so chunk by chunk; None: at all of them at once.
         between: called after each round of forwards, equally often on every process; it may raise, and the model is
             left as it was.
     """
@@ -332,6 +335,7 @@ class AblationScorer:
         shortlist: float | None = None,
         prefix_cache: bool = True,
         target_logits_only: bool = True,
+        logit_head: LogitHead | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:
         if ablations_per_forward < 1:
@@ -340,7 +344,7 @@ class AblationScorer:
             raise ValueError(f"shortlist={shortlist} must be a fraction above 0, at most 1; leave it out to score all")
         self.module, self.adapters, self.data = module, adapters, data
         self.world, self.mask_dtype, self.release, self.between = world, mask_dtype, release, between
-        self.ablations_per_forward, self.shortlist, self.between = ablations_per_forward, shortlist, between
+        self.ablations_per_forward, self.shortlist, self.logit_head = ablations_per_forward, shortlist, logit_head
         self.stack = find_stack(module, list(adapters)) if prefix_cache else None
         get_head = getattr(module, "get_output_embeddings", None)
         self._head: nn.Module | None = get_head() if get_head is not None else None
@@ -519,8 +523,12 @@ class AblationScorer:
                 entering = None if lane.entering is None else _repeated(lane.entering, copies)
                 stack.enter_context(self.stack.part(start, len(self.stack.layers), entering))
                 stack.enter_context(self._replayed(lane.outputs, touched, copies))
-            logits = self._logits(grain, copies)
-        losses = F.cross_entropy(logits.float(), grain.targets.repeat(copies), reduction="none")
+            targets = grain.targets.repeat(copies)
+            if self.logit_head is not None and grain.places is not None:
+                arguments = grain.arguments(copies)
+                losses = self.logit_head.losses(self.module, arguments, grain.places_of(copies), targets)
+            else:
+                losses = F.cross_entropy(self._logits(grain, copies).float(), targets, reduction="none")
         return losses.view(copies, -1).double().sum(dim=1)
 
     def _logits(self, grain: _Grain, copies: int) -> Tensor:
@@ -624,7 +632,10 @@ class AblationScorer:
             with torch.enable_grad():
                 gates = torch.full((total,), 1.0 - side, device=self.world.device, requires_grad=True)
                 bind_arena(self.adapters, self._layout, self._weights, gates)
-                loss = F.cross_entropy(self._logits(grain, 1).float(), grain.targets, reduction="sum")
+                if self.logit_head is not None and grain.places is not None:
+                    loss = self.logit_head.loss_sum(self.module, grain.arguments(1), grain.places, grain.targets)
+                else:
+                    loss = F.cross_entropy(self._logits(grain, 1).float(), grain.targets, reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, gates)
             self.release()
             if counted:
@@ -648,7 +659,7 @@ class AblationScorer:
             forwards += 1
             layer_forwards += item.copies * depth_run
             layer_gathers += depth_run
-            selects = self._selects or grain.places is None
+            selects = self._selects or self.logit_head is not None or grain.places is None
             head_rows += item.copies * (grain.num_targets if selects else grain.num_places)
         lanes = len(lanes_of(groups, 1, 0))
         rises = lanes * max((g.start + 1 for g in groups if g.start is not None), default=0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, head_linears
 from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
 from ardtrain.engines import BackboneEngine
+from ardtrain.evaluation import loss_sum
 from ardtrain.faults import StopCode
+from ardtrain.logits import LogitHead, find_logit_head
 from ardtrain.methods.base import Method
 from ardtrain.preflight import Prepared
 from ardtrain.quantized import dequantize_modules
@@ -140,9 +144,25 @@ class AdapterRun(Session):
             self.arena.build(self.resumed.snapshot, self.resumed.layout)
         parts = (self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data)
         trainer = Trainer(self.loop_settings(), self.world, *parts, self.allocation_data, state=self.state)
+        self.logit_head = self._find_logit_head()
+        trainer.loss_sum = partial(loss_sum, logit_head=self.logit_head)
         if self.method.needs.ablation:
             trainer.ablation = self._make_ablation(trainer)
         return trainer
+
+    def _find_logit_head(self) -> LogitHead | None:
+        """What computes logits chunk by chunk, if the settings and the model allow it. All processes must call this."""
+        chunk_tokens = self.config.loss_chunk_tokens
+        if chunk_tokens is None or self.prepared.shape.labels:
+            return None
+        found = find_logit_head(self.backbone.module, chunk_tokens=chunk_tokens, device=self.world.device)
+        self.backbone.release()
+        text = found if isinstance(found, str) else repr(found.form)
+        self.world.agree("form of the logits", hashlib.sha256(text.encode()).hexdigest(), step=self.state.step)
+        if isinstance(found, str):
+            logger.warning("loss_chunk_tokens=%d has no effect, logits are computed whole: %s", chunk_tokens, found)
+            return None
+        return found
 
     def _make_ablation(self, trainer: Trainer) -> AblationScorer:
         assert self.allocation_data is not None
@@ -157,6 +177,7 @@ class AdapterRun(Session):
             ablations_per_forward=block.ablations_per_forward,
             shortlist=block.shortlist,
             prefix_cache=block.prefix_cache,
+            logit_head=self.logit_head,
             between=trainer.between,
         )
 

@@ -23,6 +23,7 @@ import filelock
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
@@ -97,6 +98,12 @@ class Batch:
     num_tokens: int
     class_labels: Tensor | None = None
     token_type_ids: Tensor | None = None
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Positions [n] among B * T whose next token is a target, in order, and those tokens [n]; both int64."""
+        following = F.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)  # what each position predicts
+        places = torch.nonzero(following != IGNORE_INDEX).view(-1)
+        return places, following[places]
 
 
 def additive_mask(block_mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ardtrain.collectives import ExactSum, World, deal
 from ardtrain.data import Batch, additive_mask
+from ardtrain.logits import LogitHead
 
 
 class Grains(Protocol):
@@ -63,24 +64,44 @@ def class_logits(module: nn.Module, batch: Batch, *, device: torch.device) -> Te
     return logits.float()
 
 
-def token_loss_sum(module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> Tensor:
-    """Scalar float32: sum of the cross-entropy over the grain's target tokens.
+def model_inputs(batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """What a language model's forward takes, each [B, ...] on the device or None.
 
     Args:
         mask_dtype: dtype of the queries; a packed grain's block mask becomes an additive mask of it.
     """
-    labels = batch.labels.to(device)
     if batch.block_mask is None:
         mask = batch.attention_mask
         mask = None if mask is None else mask.to(device, torch.int64)
     else:
         mask = additive_mask(batch.block_mask.to(device), mask_dtype)
-    logits = module(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=mask,
-        position_ids=batch.position_ids.to(device),
-        use_cache=False,
-    ).logits
+    return {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": mask,
+        "position_ids": batch.position_ids.to(device),
+    }
+
+
+def token_loss_sum(
+    module: nn.Module,
+    batch: Batch,
+    *,
+    device: torch.device,
+    mask_dtype: torch.dtype,
+    logit_head: LogitHead | None = None,
+) -> Tensor:
+    """Scalar float32: sum of the cross-entropy over the grain's target tokens.
+
+    Args:
+        mask_dtype: see model_inputs.
+        logit_head: computes the logits at the targets alone, chunk by chunk; None: those of all tokens at once.
+    """
+    arguments = {**model_inputs(batch, device=device, mask_dtype=mask_dtype), "use_cache": False}
+    if logit_head is not None:
+        places, targets = batch.targets()
+        return logit_head.loss_sum(module, arguments, places.to(device), targets.to(device))
+    labels = batch.labels.to(device)
+    logits = module(**arguments).logits
     return F.cross_entropy(
         logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
         labels[:, 1:].reshape(-1),
@@ -95,14 +116,21 @@ class LossSum(Protocol):
     def __call__(self, module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> Tensor: ...
 
 
-def loss_sum(module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> Tensor:
+def loss_sum(
+    module: nn.Module,
+    batch: Batch,
+    *,
+    device: torch.device,
+    mask_dtype: torch.dtype,
+    logit_head: LogitHead | None = None,
+) -> Tensor:
     """Scalar float32: the grain's summed cross-entropy, over rows where they have classes, else over target tokens.
 
     Args:
-        mask_dtype: see token_loss_sum.
+        mask_dtype, logit_head: see token_loss_sum.
     """
     if batch.class_labels is None:
-        return token_loss_sum(module, batch, device=device, mask_dtype=mask_dtype)
+        return token_loss_sum(module, batch, device=device, mask_dtype=mask_dtype, logit_head=logit_head)
     return F.cross_entropy(class_logits(module, batch, device=device), batch.class_labels.to(device), reduction="sum")
 
 

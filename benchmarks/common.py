@@ -8,9 +8,13 @@ import platform
 import socket
 import statistics
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ardtrain.collectives import World
@@ -111,3 +115,33 @@ def parser(description):
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--out", help="JSON file to keep the result in (benchmarks/results/...)")
     return made
+
+
+class LiveBytes(TorchDispatchMode):
+    """While open, counts the bytes of the storages that operations make: `live` now, `peak` at most.
+
+    On any device, and by the storages' own lifetime. What was made before it was opened is not counted, nor is what a
+    kernel takes and gives back inside.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        own = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or id(tensor.untyped_storage()) in own:
+                continue
+            storage = tensor.untyped_storage()
+            if storage not in self._seen:
+                self._seen[storage] = True
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _freed(self, size):
+        self.live -= size

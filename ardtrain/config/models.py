@@ -300,6 +300,8 @@ class RunConfig(Block):
     quantization: Literal["int8", "nf4"] | None = None
     """Keep the linears of the frozen base in 8 bit (a scale a row) or 4 bit (NormalFloat, a scale for 64 weights)."""
     gradient_checkpointing: bool = False
+    loss_chunk_tokens: int | None = Field(default=512, ge=1)
+    """Target tokens whose logits exist at a time; null: the logits of all tokens at once. Bits depend on it."""
     num_threads: int = Field(default=1, ge=1)
     """Threads of each process on the CPU; sums depend on it."""
     reproducible: bool = True
@@ -379,8 +381,8 @@ class RunConfig(Block):
         if self.ard_lora is not None:
             errors += self._ard_lora_errors(self.ard_lora)
         if self.method == "full":
-            names = ("r", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "trainable_tokens")
-            for name in names:
+            adapters_only = ("r", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "trainable_tokens")
+            for name in (*adapters_only, "loss_chunk_tokens"):
                 field = type(self).model_fields[name]
                 unset = name not in self.model_fields_set or getattr(self, name) == field.get_default()
                 if not unset:  # a resolved config names every setting

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 _SECRET = re.compile(r"(?:token|secret|password|api_?key)s?(?:$|[_-])", re.IGNORECASE)
-_NO_SECRET = re.compile(r"(?:max|min|num)_|trainable_tokens$", re.IGNORECASE)  # max_new_tokens is none
+_NO_SECRET = re.compile(r"(?:max|min|num)_|(?:trainable|loss_chunk)_tokens$", re.IGNORECASE)  # max_new_tokens is none
 _FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$"
     r"|\.(?:nan|NaN|NAN)$"

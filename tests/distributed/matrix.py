@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from ardtrain import checkpoint
 from ardtrain.ablation import AblationScorer
 from ardtrain.collectives import World
 from ardtrain.engines import start_deepspeed
+from ardtrain.evaluation import loss_sum
+from ardtrain.logits import find_logit_head
 from ardtrain.methods.adalora import AdaLora, AdaLoraSettings
 from ardtrain.methods.alora import Alora, AloraSettings
 from ardtrain.methods.dora import Dora
@@ -99,6 +102,8 @@ def build(case, world):
         compute_dtype=dtype,
         total_steps=STEPS,
     )
+    head = find_logit_head(trainer.backbone.module, chunk_tokens=16, device=world.device)
+    trainer.loss_sum = partial(loss_sum, logit_head=head)
     trainer.eval_data = HeldOutBatches(seed=1, num_grains=5)
     trainer.allocation_data = HeldOutBatches(seed=2, num_grains=3)
     if trainer.method.needs.ablation:
@@ -109,6 +114,7 @@ def build(case, world):
             world=world,
             mask_dtype=dtype,
             release=trainer.backbone.release,
+            logit_head=head,
             between=trainer.between,
         )
     return trainer

@@ -53,6 +53,18 @@ def test_deepspeed_launcher_trains_like_one_process(folder, environment, alone):
     assert "ranks.png" in done.stdout and (folder / "launched" / "ranks.png").stat().st_size > 10_000
 
 
+def test_whole_logits_give_the_losses_of_logits_in_chunks(folder, environment, alone):
+    for name, chunk_tokens in (("whole", None), ("chunks", 3)):
+        config = write_run(folder, name, loss_chunk_tokens=chunk_tokens)
+        arguments = ["-m", "ardtrain", "train", str(config), f"loss_chunk_tokens={chunk_tokens or 'null'}"]
+        ended = run_processes(1, arguments, folder=folder, timeout=200, environment=environment)
+        assert ended.codes == [0] and "has no effect" not in ended.text(), ended.text()
+        losses = fingerprint(folder / name)["losses"]
+        assert losses != alone["losses"]
+        for step, loss in alone["losses"].items():
+            assert float.fromhex(losses[step]) == pytest.approx(float.fromhex(loss), rel=1e-4)
+
+
 def test_signal_and_stop_file_then_other_world_sizes_equal_the_unbroken_run(folder, environment, alone):
     config = write_run(folder, "cut", resume_from_checkpoint="auto")
     arguments = ["-m", "ardtrain", "train", str(config)]

@@ -19,6 +19,7 @@ from ardtrain.collectives import World
 from ardtrain.data import build_batch
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import held_out_loss, loss_sum
+from ardtrain.logits import find_logit_head
 from ardtrain.methods.alora import Alora, AloraSettings, allocate
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable, Site
@@ -190,6 +191,17 @@ def test_every_way_equals_the_naive_loop(setup, naive, n, prefix_cache, target_l
     assert low[7] - low[6] > 10 * TOLERANCE
     assert pruned(setup.table, got.relative, 7) == pruned(setup.table, cs - cs0, 7)
     assert bool(got.exact.all()) and got.first_order is None
+
+
+@pytest.mark.parametrize("shortlist", [None, 0.5])
+def test_logits_in_chunks_equal_the_naive_loop(setup, naive, shortlist):
+    head = find_logit_head(setup.model, chunk_tokens=5, device=CPU)
+    cs, _ = naive
+    got = setup.scores(logit_head=head, shortlist=shortlist)
+    assert float((got.cs - cs)[got.exact].abs().max()) < TOLERANCE
+    if shortlist is not None:
+        whole = setup.scores(shortlist=shortlist)
+        assert float((got.first_order - whole.first_order).abs().max()) < TOLERANCE
 
 
 def test_packed_rows_equal_the_naive_loop():

@@ -297,6 +297,7 @@ def test_block_of_another_method_is_refused():
         ),
         ({"method": "alora"}, "method=alora judges components on held-out rows; set data.allocation_file or"),
         ({"method": "alora", "data": HELD_OUT, "alora": {"shortlist": 0.0}}, "alora.shortlist=0.0 must be greater"),
+        ({"method": "full", "loss_chunk_tokens": 64}, "loss_chunk_tokens has no meaning for method=full"),
         ({"method": "full", "r": 4}, "r has no meaning for method=full, which trains every weight; remove it"),
         ({"task": "sequence_classification", "packing": True}, "packing=true has no meaning for task=sequence_class"),
         ({"optimizer": {"lora_plus_ratio": 0.5}}, "optimizer.lora_plus_ratio=0.5 must be greater than or equal to 1"),
