@@ -14,7 +14,16 @@ from transformers import PreTrainedModel
 
 from ardtrain import checkpoint, export, preflight, zero_checkpoint
 from ardtrain.ablation import AblationScorer
-from ardtrain.adapters import AdapterLinear, DenseModule, Form, attach, attach_dense, bind_arena, first_dense
+from ardtrain.adapters import (
+    AdapterLinear,
+    DenseModule,
+    DoraLinear,
+    Form,
+    attach,
+    attach_dense,
+    bind_arena,
+    first_dense,
+)
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, head_linears
 from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
@@ -109,7 +118,8 @@ class AdapterRun(Session):
 
     def _build_backbone(self) -> None:
         config, plan, shape = self.config, self.prepared.plan, self.prepared.shape
-        model = self.load_base()
+        opened = self.open_base(stage=plan.backbone_stage, config=plan.backbone)
+        model = opened.model
         if config.gradient_checkpointing:  # non-reentrant: the views are no arguments of the checkpointed function
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         sites = shape.table.sites
@@ -124,8 +134,19 @@ class AdapterRun(Session):
         }
         if shape.labels:
             self.adapters |= attach_dense(model, list(head_linears(model)))
+        self.backbone = BackboneEngine(
+            model,
+            stage=plan.backbone_stage,
+            config=plan.backbone,
+            device=self.world.device,
+            weights=opened.weights,
+        )
+        if opened.weights is not None:
+            for adapter in self.adapters.values():
+                if isinstance(adapter, DoraLinear):
+                    with self.backbone.whole(adapter.weight):
+                        adapter.measure()
         self.first_dense = first_dense(self.adapters)
-        self.backbone = BackboneEngine(model, stage=plan.backbone_stage, config=plan.backbone, device=self.world.device)
         if shape.tokens:
             self._attach_tokens(model)
 

@@ -130,13 +130,19 @@ class DoraLinear(AdapterLinear):
 
     def __init__(self, linear: FrozenModule, *, scaling: float, dropout: float = 0.0) -> None:
         super().__init__(linear, scaling=scaling, dropout=dropout)
-        self._squares = frozen_weight(linear).double().square().sum(dim=1).float()  # [O], before W is sharded
+        self._squares = torch.empty(0)  # [O] float32: ||W||^2 of each output
         self._norm: Tensor | None = None
+        if not linear.weight.is_meta:
+            self.measure()
+
+    def measure(self) -> None:
+        """Takes the norms of W, which must be whole and must not change afterwards."""
+        self._squares = frozen_weight(self).double().square().sum(dim=1).float()
 
     @property
     def first_magnitude(self) -> Tensor:
         """[O] float32: the norm of W, so that the layer starts as the base's."""
-        return self._squares.sqrt()
+        return self._squares.sqrt().cpu()
 
     def bind(self, views: Mapping[str, Tensor] | None, ranks: tuple[int, ...], gates: Tensor | None = None) -> None:
         super().bind(views, ranks, gates)

@@ -127,7 +127,7 @@ def load_model(
         ) from error
     if num_labels is not None:
         assert pad_token_id is not None, "a classifier must know what its rows are padded with"
-        _set_padding(model, pad_token_id)
+        set_padding(model, pad_token_id)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
@@ -174,7 +174,7 @@ def _quiet_loading() -> Iterator[None]:
         logger.removeFilter(no_report)
 
 
-def _set_padding(model: PreTrainedModel, pad_token_id: int) -> None:
+def set_padding(model: PreTrainedModel, pad_token_id: int) -> None:
     """Tells a classifier what pads its rows.
 
     Raises:
@@ -291,9 +291,11 @@ def head_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 
 def init_head(model: PreTrainedModel, seed: int) -> None:
     """Overwrites the classification head's weights by head_values, in its dtype; a head from the files is lost."""
-    with torch.no_grad():
-        for name, value in head_values(model, seed).items():
-            model.get_parameter(name).copy_(value)
+    for name, value in head_values(model, seed).items():
+        owner_name, _, key = name.rpartition(".")
+        owner, old = model.get_submodule(owner_name), model.get_parameter(name)
+        # Anew, since one on the meta device holds no values.
+        setattr(owner, key, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
 
 
 def tower_config(model: PreTrainedModel, tower: str) -> Any:

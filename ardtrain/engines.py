@@ -39,7 +39,9 @@ from deepspeed.utils import (
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
+from ardtrain.engines_filling import fill_slices, fill_whole
 from ardtrain.full_shards import MASTER, MOMENTS, Shards, read_shards
+from ardtrain.loading import Weights
 
 FULL_NEEDS = (
     0,
@@ -74,17 +76,30 @@ class BackboneEngine:
     sit on the modules and work.
     """
 
-    def __init__(self, model: nn.Module, *, stage: int, config: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stage: int,
+        config: Mapping[str, Any],
+        device: torch.device,
+        weights: Weights | None = None,
+    ) -> None:
         """All processes must call this.
 
         Args:
-            model: the loaded model on the CPU, parameters in the compute dtype, buffers as its constructor made them.
+            model: on the CPU, parameters in the compute dtype, buffers as its constructor made them.
             config: the backbone's DeepSpeed config (deepspeed_config.split_deepspeed).
+            weights: where the numbers of parameters on the meta device are; each process reads what it keeps.
+        Raises:
+            ValueError: a weight file cannot be read.
         """
         assert not any(p.requires_grad for p in model.parameters()), "the backbone is frozen"
         self._engine: Any = None
         self.module = model
         if stage == 0:
+            if weights is not None:
+                fill_whole(model, weights, device)
             model.to(device)
             for module in model.modules():
                 module.register_forward_pre_hook(_give_input_its_own_node)
@@ -92,7 +107,10 @@ class BackboneEngine:
         _gather_layers_whole(model)
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         with quiet():
-            deepspeed.zero.Init(module=model, config_dict_or_path=dict(config))
+            if weights is not None:
+                fill_slices(model, weights, config, device)
+            else:
+                deepspeed.zero.Init(module=model, config_dict_or_path=dict(config))
             self._engine, *_ = deepspeed.initialize(model=model, config=dict(config))
         _restore_buffers(model, buffers, device)
 
@@ -101,14 +119,19 @@ class BackboneEngine:
         if self._engine is not None:
             self._engine.optimizer.partition_all_parameters()
 
+    @contextlib.contextmanager
+    def whole(self, *parameters: Tensor) -> Iterator[None]:
+        """These parameters are whole on every process inside. All processes must call this."""
+        with deepspeed.zero.GatheredParameters(list(parameters), enabled=self._engine is not None):
+            yield
+
     def read_rows(self, path: str, rows: Sequence[int]) -> Tensor:
         """[n, D] float32 on the host: rows of a module's weight, which is gathered once. All processes must call this.
 
         path: of the module. rows: their numbers.
         """
         weight = self.module.get_parameter(f"{path}.weight")
-        sharded = contextlib.nullcontext() if self._engine is None else deepspeed.zero.GatheredParameters([weight])
-        with sharded, torch.no_grad():
+        with self.whole(weight), torch.no_grad():
             return weight[torch.tensor(rows, device=weight.device)].float().cpu()
 
     def gathered_parameters(self) -> int:

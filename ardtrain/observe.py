@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -123,6 +124,24 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class ReadingBar:
+    """Bytes of the base that are in place, on process 0's terminal; without a terminal nothing moves."""
+
+    def __init__(self, total: int, *, is_main: bool) -> None:
+        """total: bytes this process will read."""
+        silent = not is_main or not sys.stderr.isatty()
+        self._lock = threading.Lock()
+        self._bar = tqdm(total=total, desc="base", unit="B", unit_scale=True, dynamic_ncols=True, disable=silent)
+
+    def add(self, count: int) -> None:
+        """From any thread."""
+        with self._lock:
+            self._bar.update(count)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def _append_line(path: Path, record: Mapping[str, Any]) -> str | None:

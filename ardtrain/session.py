@@ -9,7 +9,8 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from ardtrain.collectives import World
 from ardtrain.config import RunConfig, dump_config, num_warmup_steps
 from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE
 from ardtrain.engines import AdamSettings, start_deepspeed
+from ardtrain.engines_filling import can_fill_slices
 from ardtrain.environment import ProcessIdentity, job_id
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, host_name, replace_file, write_status
 from ardtrain.fingerprint import fingerprint, hub_weight_files
-from ardtrain.observe import RunLog, Startup
+from ardtrain.observe import ReadingBar, RunLog, Startup
+from ardtrain.opening import Opened, open_model
 from ardtrain.ops import extensions_folder, remove_stale_locks
 from ardtrain.preflight import Prepared
 from ardtrain.records import Records
@@ -108,19 +111,49 @@ class Session(ABC):
 
     def load_base(self) -> PreTrainedModel:
         """The base as transformers loads it, quantised if so set; a new classifier head is a function of the seed."""
-        labels = self.prepared.shape.labels
-        model = load_model(
-            preflight.model_source(self.config),
-            compute_dtype=self.prepared.plan.compute_dtype,
-            num_labels=len(labels) or None,
-            label_names=labels or None,
-            pad_token_id=self.data.pad_token_id if labels else None,
-        )
-        if labels:
+        model = load_model(preflight.model_source(self.config), **self._base_arguments())
+        if self.prepared.shape.labels:
             init_head(model, self.config.seed)
         if self.config.quantization is not None:
             quantize_base(model, self.config.quantization, carried=self.prepared.plan.base_on_nvme)
         return model
+
+    def open_base(self, *, stage: int, config: Mapping[str, Any]) -> Opened:
+        """The base without its weights, and where they are, for an engine of this ZeRO stage and config to fill.
+
+        Where they cannot be read directly it is `load_base`'s, whole.
+        """
+        if stage == 3 and not can_fill_slices(config):
+            logger.warning("DeepSpeed quantises the slices of the base, so every process loads all of it")
+            return Opened(self.load_base(), None)
+        if self.config.quantization is not None:
+            logger.warning("quantization=%s: every process loads all of the base", self.config.quantization)
+            return Opened(self.load_base(), None)
+        opened = open_model(preflight.model_source(self.config), **self._base_arguments())
+        if self.prepared.shape.labels:
+            init_head(opened.model, self.config.seed)
+        if opened.weights is None or opened.shards is None:
+            return opened
+        weights, shards, start = opened.weights, opened.shards, time.monotonic()
+        shares = self.world.world_size if stage == 3 else 1
+        bar = ReadingBar(weights.nbytes(opened.model) // shares, is_main=self.world.is_main)
+
+        def close() -> None:
+            bar.close()
+            weights.close()
+            gib, seconds = shards.bytes_read / 2**30, time.monotonic() - start
+            logger.info("base: read %.2f of %.2f GiB in %.1f s", gib, shards.nbytes / 2**30, seconds)
+
+        return replace(opened, weights=replace(weights, progress=bar.add, close=close))
+
+    def _base_arguments(self) -> dict[str, Any]:
+        labels = self.prepared.shape.labels
+        return {
+            "compute_dtype": self.prepared.plan.compute_dtype,
+            "num_labels": len(labels) or None,
+            "label_names": labels or None,
+            "pad_token_id": self.data.pad_token_id if labels else None,
+        }
 
     def loop_settings(self) -> LoopSettings:
         """What the loop takes from the config."""
