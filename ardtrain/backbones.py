@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ardtrain.adapters import linear_modules, make_sites, select_modules
-from ardtrain.quantized import Format, quantize_modules, unshared
+from ardtrain.quantized import Format, Packing, quantize_modules, unshared
 from ardtrain.ranks import Site, named_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -248,15 +248,13 @@ def base_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return linear_modules(model, skip=[*skip, *head_linears(model)])
 
 
-def quantize_base(model: PreTrainedModel, format: Format, *, carried: bool = False) -> None:
+def quantize_base(model: PreTrainedModel, format: Format, *, carried: bool = False) -> dict[str, Packing]:
     """Quantises the base's linears in place, adapted or not. Embeddings, norms, convolutions, biases, and weights that
     are no linear's (the stacked experts of some mixtures) or another module's as well stay as they are.
 
-    carried: for a base that DeepSpeed offloads to NVMe (quantized.Packing).
-    Raises:
-        ValueError: a weight is not finite.
+    Args, returns, raises: as quantized.quantize_modules.
     """
-    quantize_modules(model, unshared(model, list(base_linears(model))), format, carried=carried)
+    return quantize_modules(model, unshared(model, list(base_linears(model))), format, carried=carried)
 
 
 def head_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:

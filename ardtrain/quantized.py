@@ -128,11 +128,14 @@ class Packing:
         return -(-self.num_weights // self.unit_weights)
 
     @property
-    def parameter_dtype(self) -> torch.dtype:
-        """int8 or uint8, or the compute dtype where it is carried."""
-        if self.carried:
-            return self.dtype
+    def byte_dtype(self) -> torch.dtype:
+        """int8 or uint8, as the codes are."""
         return torch.int8 if self.format == "int8" else torch.uint8
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """byte_dtype, or the compute dtype where it is carried."""
+        return self.dtype if self.carried else self.byte_dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,7 +160,7 @@ class Packing:
             else:
                 codes, scales = quantize_nf4(part)
             if not bool(torch.isfinite(scales).all()):  # one host synchronisation, at loading
-                raise ValueError("holds weights that are not finite, which have no scale")
+                raise ValueError("holds numbers that are not finite, which have no scale; get the model anew")
             parts.append(self.join(codes, scales))
         return torch.cat(parts)
 
@@ -179,7 +182,7 @@ class Packing:
         """[U, unit_bytes]: a view of the whole parameter."""
         if not self.carried:
             return parameter
-        raw = parameter.view(torch.int8 if self.format == "int8" else torch.uint8)
+        raw = parameter.view(self.byte_dtype)
         return raw[: self.num_units * self.unit_bytes].view(self.num_units, self.unit_bytes)
 
     def dequantize(self, parameter: Tensor) -> Tensor:
@@ -262,24 +265,35 @@ def packing_of(linear: nn.Linear, format: Format, *, carried: bool = False) -> P
     return Packing(format, linear.out_features, linear.in_features, linear.weight.dtype, carried)
 
 
-def quantize_modules(model: nn.Module, modules: Sequence[str], format: Format, *, carried: bool = False) -> None:
+def quantize_modules(
+    model: nn.Module, modules: Sequence[str], format: Format, *, carried: bool = False
+) -> dict[str, Packing]:
     """Puts a QuantizedLinear in the place of each of these linears, one after the other, where its weight lies.
+
+    On the meta device the new weight is there as well, to be filled by who reads the files.
 
     Args:
         carried: for a base that DeepSpeed offloads to NVMe (Packing).
+    Returns:
+        Module path -> packing.
     Raises:
-        ValueError: a weight is not finite; the message names the module.
+        ValueError: a weight is not finite; the message names it.
     """
+    packings = {}
     for name in modules:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = getattr(parent, child)
-        packing = packing_of(linear, format, carried=carried)
-        try:
-            weight = packing.parameter(packing.pack(linear.weight))
-        except ValueError as error:
-            raise ValueError(f"quantization={format}: {name}.weight {error}; repair the base's files") from error
+        packings[name] = packing = packing_of(linear, format, carried=carried)
+        if linear.weight.is_meta:
+            weight = torch.empty(packing.shape, dtype=packing.parameter_dtype, device="meta")
+        else:
+            try:
+                weight = packing.parameter(packing.pack(linear.weight))
+            except ValueError as error:
+                raise ValueError(f"quantization={format}: {name}.weight {error}") from error
         setattr(parent, child, QuantizedLinear(packing, weight, linear.bias).train(linear.training))
+    return packings
 
 
 def dequantize_modules(model: nn.Module) -> None:

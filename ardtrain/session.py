@@ -27,10 +27,12 @@ from ardtrain.environment import ProcessIdentity, job_id
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, host_name, replace_file, write_status
 from ardtrain.fingerprint import fingerprint, hub_weight_files
+from ardtrain.loading import quantized
 from ardtrain.observe import ReadingBar, RunLog, Startup
 from ardtrain.opening import Opened, open_model
 from ardtrain.ops import extensions_folder, remove_stale_locks
 from ardtrain.preflight import Prepared
+from ardtrain.quantized import Packing
 from ardtrain.records import Records
 from ardtrain.trackers import Trackers
 from ardtrain.trainer import Hooks, LoopSettings, LoopState, StepResult, Trainer
@@ -114,9 +116,14 @@ class Session(ABC):
         model = load_model(preflight.model_source(self.config), **self._base_arguments())
         if self.prepared.shape.labels:
             init_head(model, self.config.seed)
-        if self.config.quantization is not None:
-            quantize_base(model, self.config.quantization, carried=self.prepared.plan.base_on_nvme)
+        self._quantize(model)
         return model
+
+    def _quantize(self, model: PreTrainedModel) -> dict[str, Packing]:
+        """Quantises the base's linears if so set; where they lie on the meta device, their shapes."""
+        if self.config.quantization is None:
+            return {}
+        return quantize_base(model, self.config.quantization, carried=self.prepared.plan.base_on_nvme)
 
     def open_base(self, *, stage: int, config: Mapping[str, Any]) -> Opened:
         """The base without its weights, and where they are, for an engine of this ZeRO stage and config to fill.
@@ -126,15 +133,13 @@ class Session(ABC):
         if stage == 3 and not can_fill_slices(config):
             logger.warning("DeepSpeed quantises the slices of the base, so every process loads all of it")
             return Opened(self.load_base(), None)
-        if self.config.quantization is not None:
-            logger.warning("quantization=%s: every process loads all of the base", self.config.quantization)
-            return Opened(self.load_base(), None)
         opened = open_model(preflight.model_source(self.config), **self._base_arguments())
         if self.prepared.shape.labels:
             init_head(opened.model, self.config.seed)
+        packings = self._quantize(opened.model)
         if opened.weights is None or opened.shards is None:
             return opened
-        weights, shards, start = opened.weights, opened.shards, time.monotonic()
+        weights, shards, start = quantized(opened.weights, packings), opened.shards, time.monotonic()
         shares = self.world.world_size if stage == 3 else 1
         bar = ReadingBar(weights.nbytes(opened.model) // shares, is_main=self.world.is_main)
 
