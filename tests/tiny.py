@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ardtrain.adapters import attach, first_dense
-from ardtrain.backbones import find_sites
+from ardtrain.backbones import find_sites, quantize_base
 from ardtrain.collectives import World
 from ardtrain.data import build_batch
 from ardtrain.engines import AdamSettings, BackboneEngine, start_deepspeed
@@ -261,6 +261,7 @@ def tiny_trainer(
     dropout=0.0,
     form="plain",
     mlp_heads=1,
+    quantization=None,
     backbone=None,
     adapter=None,
     adam=None,
@@ -271,6 +272,7 @@ def tiny_trainer(
 
     Args:
         backbone, adapter: DeepSpeed configs (default: both as simple as can be); loop: changes of `LOOP`.
+        quantization: of the base's linears.
         method: a method, or a function that makes one of (table, heads that share components).
         form: of the adapters; own_a and shared_a cut the attention matrices by head.
         start: False leaves the arena unbuilt, for a checkpoint to fill.
@@ -290,6 +292,9 @@ def tiny_trainer(
     table = RankTable.start(sites, ranks)
     if not isinstance(method, FixedRank):
         method = method(table, shared if form == "shared_a" else {})
+    if quantization is not None:
+        offload = backbone["zero_optimization"].get("offload_param", {})
+        quantize_base(model, quantization, carried=offload.get("device") == "nvme")
     adapters = attach(model, sites, dropout={"language": dropout}, form=form, heads=heads)
     first = first_dense(adapters)
     engine = BackboneEngine(model, stage=backbone["zero_optimization"]["stage"], config=backbone, device=world.device)

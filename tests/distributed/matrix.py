@@ -50,8 +50,10 @@ FAMILIES = {
     "alora": PLAIN | {"method": lambda: Alora(ALORA)},
     "own_a": PLAIN | {"method": lambda: ard_lora(), "form": "own_a", "r": 2},
     "shared_a": PLAIN | {"method": lambda: ard_lora(meta_interval=2, tie="head"), "form": "shared_a", "r": 2},
+    "int8": {"dtype": "bfloat16", "dropout": 0.1, "packed": False, "num_grains": 5, "quantization": "int8"},
+    "nf4": PLAIN | {"method": lambda: Dora(), "form": "dora", "quantization": "nf4"},
 }
-METHOD_FAMILIES = ("lora", "dora", "adalora", "alora", "own_a", "shared_a")
+METHOD_FAMILIES = ("lora", "dora", "adalora", "alora", "own_a", "shared_a", "int8", "nf4")
 STEPS = 60
 ADALORA = AdaLoraSettings(
     total_steps=STEPS,
@@ -94,6 +96,7 @@ def build(case, world):
         data=TokenBatches(num_grains=family["num_grains"], packed=family["packed"]),
         r=family.get("r", 4),
         form=family.get("form", "plain"),
+        quantization=family.get("quantization"),
         lora_plus_ratio=family.get("lora_plus_ratio", 1.0),
         dropout=family["dropout"],
         backbone=backbone,
