@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ from ardtrain.data_rows import (
     classification_pad_id,
     find_labels,
 )
+from ardtrain.images import BadImageError, ImageReader, StoredImage
+from ardtrain.prefix_mask import token_types
 from ardtrain.ranks import named_seed
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
 IGNORE_INDEX = -100
 _PURPOSE_CHOICE = 3  # beside data_order's: held-out samples drawn by EvalData
 _CACHE_FORMAT = 2  # raise when the meaning of the cached columns changes
+_IMAGE_FEATURES = {"image_path": Value("string"), "image_data": Value("binary"), "image_digest": Value("string")}
 _FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -87,6 +91,8 @@ class Batch:
     num_tokens: tokens without padding.
     class_labels: [B] int64 class numbers; None outside classification.
     token_type_ids: [B, T] int64, 1 on the second text of a pair, 0 on padding; None where the tokenizer gives none.
+        With pictures 0 on picture and prompt, 1 on the answer and on padding.
+    pixel_values: [B, 3, height, width] float32, a picture a row; None without pictures. positions count from 1 then.
     """
 
     input_ids: Tensor
@@ -98,6 +104,7 @@ class Batch:
     num_tokens: int
     class_labels: Tensor | None = None
     token_type_ids: Tensor | None = None
+    pixel_values: Tensor | None = None
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """Positions [n] among B * T whose next token is a target, in order, and those tokens [n]; both int64."""
@@ -143,20 +150,33 @@ def _cache_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> st
             suffix = next(suffix for suffix in SUFFIXES if path.endswith(suffix))
             contents.append([suffix, hashlib.file_digest(file, "sha256").hexdigest()])
     values = {key: value for key, value in asdict(settings).items() if key not in ("train_files", "seed")}
+    if values["images"] is None:  # keys of rows without pictures stay what they were
+        del values["images"]
     state = [_CACHE_FORMAT, contents, values, tokenizer_fingerprint(tokenizer)]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _folder_name(settings: DataSettings, key: str) -> str:
+    """Name of the cache folder: the key of the rows; with pictures also where their relative paths start from."""
+    if settings.images is None:
+        return key
+    places = [os.path.realpath(os.path.dirname(path)) for path in settings.train_files]
+    return hashlib.sha256(json.dumps([key, places]).encode()).hexdigest()
 
 
 def _write_cache(folder: Path, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
     """Tokenise into a temporary folder beside `folder`, then rename: `folder` is whole or absent."""
     tokenising = Tokenising(settings, tokenizer)
+    features = _FEATURES if settings.images is None else Features({**_FEATURES, **_IMAGE_FEATURES})
+    pictures = hashlib.sha256()
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         lengths: list[npt.NDArray[np.int32]] = []
-        with ArrowWriter(path=str(partial / "samples.arrow"), features=_FEATURES) as writer:
+        with ArrowWriter(path=str(partial / "samples.arrow"), features=features) as writer:
             for batch in tokenising.batches():
                 if batch:
-                    writer.write_batch({name: [getattr(s, name) for s in batch] for name in _FEATURES})
+                    writer.write_batch({name: [getattr(s, name) for s in batch] for name in features})
+                    pictures.update("".join(s.image_digest for s in batch).encode())
                     lengths.append(np.array([len(s.input_ids) for s in batch], dtype=np.int32))
             if not lengths:
                 counts = ", ".join(f"{name} {count}" for name, count in tokenising.counts.items())
@@ -168,7 +188,7 @@ def _write_cache(folder: Path, settings: DataSettings, tokenizer: PreTrainedToke
                 )
             writer.finalize()
         np.save(partial / "lengths.npy", np.concatenate(lengths))
-        meta = {"counts": tokenising.counts, "format": tokenising.format}
+        meta = {"counts": tokenising.counts, "format": tokenising.format, "pictures": pictures.hexdigest()}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         partial.chmod(0o755)
         try:
@@ -185,10 +205,11 @@ class Samples:
     """Tokenised samples on disk, memory-mapped; tokenised on first use, loaded by every later process.
 
     Attributes:
-        cache_key: sha256 (hex) of files, settings and tokenizer; also the name of the cache folder.
+        cache_key: sha256 (hex) of files, settings and tokenizer, and of the pictures where there are some.
+        folder: where they are cached.
         counts: rows read, and of them bad, too_long, truncated; samples kept.
         format: the format found or given.
-        lengths: [num_samples] int32, tokens of each sample, memory-mapped.
+        lengths: [num_samples] int32, tokens of each sample without those of its picture, memory-mapped.
     Raises:
         DataError: a row is broken or too long and the settings say error; no row is left.
         ValueError: a file is missing, or a setting does not fit the data.
@@ -199,7 +220,7 @@ class Samples:
             check_file(path)
         self._files = settings.train_files
         self.cache_key = _cache_key(settings, tokenizer)
-        folder = Path(cache_dir) / self.cache_key
+        self.folder = folder = Path(cache_dir) / _folder_name(settings, self.cache_key)
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lock(folder):
@@ -208,6 +229,8 @@ class Samples:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.counts: dict[str, int] = meta["counts"]
         self.format: str = meta["format"]
+        if settings.images is not None:
+            self.cache_key = hashlib.sha256(f"{self.cache_key} {meta['pictures']}".encode()).hexdigest()
         self.lengths: npt.NDArray[np.int32] = np.load(folder / "lengths.npy", mmap_mode="r")
         self._table = Dataset.from_file(str(folder / "samples.arrow")).with_format("arrow")
 
@@ -222,6 +245,13 @@ class Samples:
         table: Any = self._table[list(samples)]
         types = table.column("token_type_ids")
         return table.column("label").to_pylist(), [types[i].values.to_numpy() for i in range(len(samples))]
+
+    def images(self, samples: Sequence[int]) -> tuple[list[StoredImage], list[str]]:
+        """Picture of each sample and the folder that its path starts from."""
+        table: Any = self._table[list(samples)]
+        columns = (table.column(name).to_pylist() for name in _IMAGE_FEATURES)
+        folders = [os.path.dirname(self._files[file]) for file in table.column("file").to_pylist()]
+        return [StoredImage(*row) for row in zip(*columns, strict=True)], folders
 
     def ids(self, samples: Sequence[int]) -> list[str]:
         """`file:line` of each sample, with `#piece` (from 0) behind it for the later pieces of a long text."""
@@ -306,8 +336,11 @@ def build_batch(
 class _Collator:
     """Grains -> tensors; a grain's tensors depend on the grain alone."""
 
-    def __init__(self, samples: Samples, tokenizer: PreTrainedTokenizerBase, packed: bool) -> None:
-        self._samples = samples
+    def __init__(
+        self, samples: Samples, tokenizer: PreTrainedTokenizerBase, packed: bool, images: ImageReader | None
+    ) -> None:
+        assert (images is not None) == (samples.format == "image_text")
+        self._samples, self._images = samples, images
         self._packed = packed
         self._classifies = samples.format == "classification"
         # Of a language model padding is never seen and never a target, so any valid id serves.
@@ -321,6 +354,8 @@ class _Collator:
         samples = [sample for row in grain.rows for sample in row.samples]
         read = iter(self._samples.read(samples))
         rows = [list(islice(read, len(row.samples))) for row in grain.rows]
+        if self._images is not None:
+            return self._with_images(self._images, samples, [row for (row,) in rows])
         if not self._classifies:
             return build_batch(rows, packed=self._packed, pad_token_id=self.pad_token_id)
         labels, types = self._samples.classes(samples)
@@ -331,6 +366,28 @@ class _Collator:
             class_labels=labels,
             token_type_ids=types if any(map(len, types)) else None,
         )
+
+    def _with_images(
+        self, reader: ImageReader, samples: Sequence[int], rows: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+    ) -> Batch:
+        """Picture tokens, then the row; positions from 1, as PaliGemma counts."""
+        picture = np.full(reader.settings.num_tokens, reader.settings.token_id)
+        whole = [
+            (np.concatenate([picture, ids]), np.concatenate([np.zeros(len(picture), dtype=np.bool_), mask]))
+            for ids, mask in rows
+        ]
+        batch = build_batch([[row] for row in whole], packed=False, pad_token_id=self.pad_token_id)
+        types = token_types([int(mask.argmax()) for _, mask in whole], batch.input_ids.shape[1])
+        pixels = []
+        for sample in samples:
+            try:
+                pixels.append(reader.pixels(*self._samples.images([sample])))
+            except BadImageError as reason:
+                (place,) = self._samples.ids([sample])
+                raise RuntimeError(
+                    f"{place}: {reason}; put the file back, or remove {self._samples.folder} and start anew"
+                ) from reason
+        return replace(batch, position_ids=batch.position_ids + 1, token_type_ids=types, pixel_values=torch.cat(pixels))
 
     def sample_ids(self, grain: Grain) -> list[str]:
         """`file:line` of every sample in the grain, for messages."""
@@ -344,6 +401,7 @@ class TrainData:
         cache_dir: folder of the tokenised samples, shared by processes and runs.
         global_batch_size, grain_size: rows of a step and of a grain (per_device_train_batch_size).
         num_train_epochs, max_steps: length of the run; max_steps wins.
+        images: makes pixels of the rows' pictures (format image_text).
     Raises:
         DataError, ValueError: see Samples and TrainOrder.
     Attributes:
@@ -365,6 +423,7 @@ class TrainData:
         grain_size: int,
         num_train_epochs: float | None = None,
         max_steps: int | None = None,
+        images: ImageReader | None = None,
     ) -> None:
         samples = Samples(settings, tokenizer, cache_dir)
         self._order = TrainOrder(
@@ -376,7 +435,7 @@ class TrainData:
             num_train_epochs=num_train_epochs,
             max_steps=max_steps,
         )
-        self._collator = _Collator(samples, tokenizer, settings.packing)
+        self._collator = _Collator(samples, tokenizer, settings.packing, images)
         self.counts = samples.counts
         self.format = samples.format
         self.pad_token_id = self._collator.pad_token_id
@@ -418,6 +477,7 @@ class EvalData:
         files: the held-out files.
         max_samples: only the first so many samples.
         choose: (count, seed): instead, `count` samples drawn without replacement by the seed, in file order.
+        images: see TrainData.
     Attributes:
         num_samples.  counts, format: see Samples (of the whole files).  pad_token_id: see TrainData.
     Raises:
@@ -434,6 +494,7 @@ class EvalData:
         grain_size: int,
         max_samples: int | None = None,
         choose: tuple[int, int] | None = None,
+        images: ImageReader | None = None,
     ) -> None:
         if grain_size <= 0 or (max_samples is not None and max_samples <= 0):
             raise ValueError(f"grain_size={grain_size} and max_samples={max_samples} must be above 0")
@@ -447,7 +508,7 @@ class EvalData:
             pack(order, samples.lengths, settings.max_length) if settings.packing else [(sample,) for sample in order]
         )
         self._grains = cut_grains([RowRef(0, i, row) for i, row in enumerate(rows)], grain_size)
-        self._collator = _Collator(samples, tokenizer, settings.packing)
+        self._collator = _Collator(samples, tokenizer, settings.packing, images)
         self.counts = samples.counts
         self.format = samples.format
         self.pad_token_id = self._collator.pad_token_id

@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from ardtrain.images import BadImageError, ImageSettings, StoredImage, check_images, image_of, text_problem
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 _ROWS_A_BATCH = 512  # rows tokenised at once
 _MOST_LABELS = 1 << 16  # an integer label beyond it is a slip, not a class
@@ -55,10 +57,12 @@ class DataSettings:
     label_field, text_pair_field: of classification rows, beside `text_field`; None: there is one text.
     labels: names of the classes, in the order of the model's outputs (find_labels).  Only classification has them;
         none (None or empty) until they are found.
+    images: of rows with a picture (format image_text): prompt and completion as of completions, with the newline behind
+        the prompt that PaliGemma was trained with; None elsewhere.
     """
 
     train_files: tuple[str, ...]
-    format: Literal["auto", "completion", "chat", "text", "classification"]
+    format: Literal["auto", "completion", "chat", "text", "classification", "image_text"]
     prompt_field: str
     completion_field: str
     messages_field: str
@@ -74,10 +78,11 @@ class DataSettings:
     label_field: str = "label"
     text_pair_field: str | None = None
     labels: tuple[str, ...] | None = None
+    images: ImageSettings | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("format", ("auto", "completion", "chat", "text", "classification")),
+            ("format", ("auto", "completion", "chat", "text", "classification", "image_text")),
             ("truncation", ("error", "drop", "right")),
             ("on_bad_row", ("error", "skip")),
         ):
@@ -93,6 +98,9 @@ class DataSettings:
             raise ValueError(
                 "packing=true does not go with data.format=classification (a label a row); set it to false"
             )
+        if self.format == "image_text" and self.packing:
+            raise ValueError("packing=true does not go with data.format=image_text (a picture a row); set it to false")
+        assert (self.images is not None) == (self.format == "image_text")
         if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"data.label_names={list(self.labels)} must be two or more different names")
         for name in ("prompt_template", "completion_template"):
@@ -248,7 +256,7 @@ class _Encoder:
         self.format = format_
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
-        if format_ == "completion" and self.eos is None:
+        if format_ in ("completion", "image_text") and self.eos is None:
             raise ValueError("the tokenizer has no eos token, so completions would never end; set tokenizer.eos_token")
         self.chat_template = _chat_template(settings, tokenizer) if format_ == "chat" else ""
 
@@ -265,6 +273,11 @@ class _Encoder:
         completion = _text_of(row, s.completion_field, s.completion_template)
         if not completion.strip():
             raise _BadRow("the completion is empty: no target token")
+        if self.format == "image_text":
+            problem = text_problem(prompt, completion, self.tokenizer)
+            if problem:
+                raise _BadRow(problem)
+            prompt += "\n"
         return [(prompt, False), (completion, True)]
 
     def encode_segments(self, rows: Sequence[list[tuple[str, bool]]]) -> list[tuple[list[int], list[bool]]]:
@@ -554,19 +567,24 @@ class _ClassEncoder:
 
 
 class _Encoded(NamedTuple):
-    """A row's token ids and loss mask [length]; class number (-1: none), token types ([]: none), and what it was."""
+    """A row's token ids and loss mask [length]; class number (-1: none), token types ([]: none), and what it was.
+
+    image: its picture; of image rows, whose ids do not hold the picture's tokens.
+    """
 
     ids: list[int]
     mask: list[bool]
     label: int = -1
     token_type_ids: Sequence[int] = ()
     source: _Classified | None = None
+    image: StoredImage = StoredImage()
 
 
 class Sample(NamedTuple):
     """Token ids and loss mask [length]; number of the file, line from 1, piece from 0 of a text that was cut.
 
     label: class number, -1 outside classification; token_type_ids: [length] where a pair has them, else empty.
+    image_path, image_data, image_digest: StoredImage's, of image rows.
     """
 
     input_ids: list[int]
@@ -576,6 +594,9 @@ class Sample(NamedTuple):
     piece: int
     label: int = -1
     token_type_ids: Sequence[int] = ()
+    image_path: str = ""
+    image_data: bytes = b""
+    image_digest: str = ""
 
 
 class Tokenising:
@@ -612,12 +633,20 @@ class Tokenising:
                     good.append((line, self.classes.row(row)))
                 elif self.format == "chat":
                     good.append((line, self.encoder.encode_chat(row, f"{path}:{line}")))
+                elif self.format == "image_text":
+                    good.append((line, (self.encoder.segments(row), row)))
                 else:
                     good.append((line, self.encoder.segments(row)))
             except _BadRow as reason:
                 self._bad(path, line, str(reason), reason)
+        images: dict[int, StoredImage] = {}
+        if self.settings.images is not None:
+            images = self._images(path, [(line, row) for line, (_, row) in good])
+            good = [(line, segments) for line, (segments, _) in good if line in images]
         encoded = self._encode_rows([row for _, row in good])
         for (line, _), one in zip(good, encoded, strict=True):
+            if images:
+                one = one._replace(image=images[line])
             if self.classes is not None:
                 problem = self.classes.problem(one.ids)
             else:
@@ -626,6 +655,23 @@ class Tokenising:
                 yield line, one
             else:
                 self._bad(path, line, problem, None)
+
+    def _images(self, path: str, rows: list[tuple[int, dict[str, Any]]]) -> dict[int, StoredImage]:
+        """Line -> picture of the rows whose picture is whole."""
+        assert self.settings.images is not None
+        found: list[StoredImage | BadImageError] = []
+        for _, row in rows:
+            try:
+                found.append(image_of(row, self.settings.images.field))
+            except BadImageError as reason:
+                found.append(reason)
+        out = {}
+        for (line, _), image in zip(rows, check_images(found, os.path.dirname(path)), strict=True):
+            if isinstance(image, BadImageError):
+                self._bad(path, line, str(image), image)
+            else:
+                out[line] = image
+        return out
 
     def _encode_rows(self, rows: list[Any]) -> list[_Encoded]:
         if self.classes is not None:
@@ -639,10 +685,11 @@ class Tokenising:
 
     def _fit(self, file: int, line: int, row: _Encoded) -> list[Sample]:
         """The row as samples of at most max_length tokens, as truncation and packing say."""
-        limit = self.settings.max_length
+        room = 0 if self.settings.images is None else self.settings.images.num_tokens
+        limit = self.settings.max_length - room
         ids, mask = row.ids, row.mask
         if len(ids) <= limit:
-            return [Sample(ids, mask, file, line, 0, row.label, row.token_type_ids)]
+            return [Sample(ids, mask, file, line, 0, row.label, row.token_type_ids, *row.image)]
         if self.format == "text" and self.settings.packing:
             starts = range(0, len(ids), limit)
             cuts = [*starts, len(ids)]
@@ -654,7 +701,7 @@ class Tokenising:
             raise DataError(
                 self.settings.train_files[file],
                 line,
-                f"the row has {len(ids)} tokens, max_length={limit}",
+                f"the row has {len(ids) + room} tokens, max_length={self.settings.max_length}",
                 "raise max_length, or set truncation to drop or right",
             )
         if self.classes is not None and self.settings.truncation == "right":
@@ -664,6 +711,6 @@ class Tokenising:
             return [Sample(cut.ids, cut.mask, file, line, 0, cut.label, cut.token_type_ids)]
         if self.settings.truncation == "right" and any(mask[1:limit]):
             self.counts["truncated"] += 1
-            return [Sample(ids[:limit], mask[:limit], file, line, 0)]
+            return [Sample(ids[:limit], mask[:limit], file, line, 0, -1, (), *row.image)]
         self.counts["too_long"] += 1  # with `right`: the prompt alone fills max_length
         return []

@@ -64,6 +64,14 @@ def class_logits(module: nn.Module, batch: Batch, *, device: torch.device) -> Te
     return logits.float()
 
 
+def image_inputs(batch: Batch, *, device: torch.device) -> dict[str, Tensor]:
+    """What a model that sees pictures takes beside the text, on the device; nothing without pictures."""
+    if batch.pixel_values is None:
+        return {}
+    assert batch.token_type_ids is not None
+    return {"pixel_values": batch.pixel_values.to(device), "token_type_ids": batch.token_type_ids.to(device)}
+
+
 def model_inputs(batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> dict[str, Tensor | None]:
     """What a language model's forward takes, each [B, ...] on the device or None.
 
@@ -79,6 +87,7 @@ def model_inputs(batch: Batch, *, device: torch.device, mask_dtype: torch.dtype)
         "input_ids": batch.input_ids.to(device),
         "attention_mask": mask,
         "position_ids": batch.position_ids.to(device),
+        **image_inputs(batch, device=device),
     }
 
 
