@@ -28,10 +28,11 @@ from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, head_linears
 from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
 from ardtrain.engines import BackboneEngine
-from ardtrain.evaluation import loss_sum
+from ardtrain.evaluation import image_inputs, loss_sum
 from ardtrain.faults import StopCode
 from ardtrain.logits import LogitHead, find_logit_head
 from ardtrain.methods.base import Method
+from ardtrain.prefix_mask import check_first_masks
 from ardtrain.preflight import Prepared
 from ardtrain.quantized import dequantize_modules
 from ardtrain.resize import LiveArena
@@ -147,6 +148,8 @@ class AdapterRun(Session):
                     with self.backbone.whole(adapter.weight):
                         adapter.measure()
         self.first_dense = first_dense(self.adapters)
+        if config.task == "image_text_to_text":
+            check_first_masks(model)
         if shape.tokens:
             self._attach_tokens(model)
 
@@ -313,23 +316,34 @@ class AdapterRun(Session):
             The largest logit difference to PEFT's, or None where the base is too large to load once more.
         """
         model: Any = self.backbone.module.eval()
-        some = torch.tensor([*range(1, 33), *self.prepared.shape.tokens[:32]], device=self.world.device)
-        ids = some.remainder(model.get_input_embeddings().num_embeddings)[None]
+        inputs = self._export_inputs(model)
         gates = self.method.gates(self.trainer.state.step)
         on_device = None if gates is None else gates.to(self.world.device)
         bind_arena(self.adapters, self.arena.layout, self.arena.engine.weights, on_device)
         with torch.no_grad():
-            logits = model(input_ids=ids).logits.cpu()
+            logits = model(**{name: values.to(self.world.device) for name, values in inputs.items()}).logits.cpu()
         difference, problem = None, ""
         if self.world.is_main:
             try:
-                difference = self._export_and_compare(ids.cpu(), logits, gates)
+                difference = self._export_and_compare(inputs, logits, gates)
             except RuntimeError as error:
                 problem = str(error)
         self.fail_together(problem)
         return difference
 
-    def _export_and_compare(self, ids: torch.Tensor, logits: torch.Tensor, gates: torch.Tensor | None) -> float | None:
+    def _export_inputs(self, model: Any) -> dict[str, torch.Tensor]:
+        """What both are run on: a few tokens; with pictures a row of the first grain, which reaches every tower."""
+        if self.config.task == "image_text_to_text":
+            batch = self.data.collate(self.data.grains(0)[0])
+            device = torch.device("cpu")
+            whole = {"input_ids": batch.input_ids, **image_inputs(batch, device=device)}
+            return {name: values[:1] for name, values in whole.items()}
+        some = torch.tensor([*range(1, 33), *self.prepared.shape.tokens[:32]])
+        return {"input_ids": some.remainder(model.get_input_embeddings().num_embeddings)[None]}
+
+    def _export_and_compare(
+        self, inputs: dict[str, torch.Tensor], logits: torch.Tensor, gates: torch.Tensor | None
+    ) -> float | None:
         building, final = self.run_dir / ".adapter.tmp", self.run_dir / "adapter"
         checkpoint.remove_folder(building)
         self._write_adapter(building, self.arena.engine.weights.cpu(), self.arena.layout, gates)
@@ -338,7 +352,7 @@ class AdapterRun(Session):
         if self.prepared.shape.num_base * DTYPES[dtype].itemsize <= LOGITS_CHECK_BYTES:
             base = self.load_base()
             dequantize_modules(base)  # the same numbers, in linears that PEFT knows
-            difference = export.compare_with_peft(building, base, ids, logits)
+            difference = export.compare_with_peft(building, base, inputs, logits)
             limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
             if not difference <= limit:
                 raise RuntimeError(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -29,6 +31,7 @@ from ardtrain.ranks import Site, named_seed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 VISION_PREFIXES = ("vision_tower", "model.vision_tower", "vision_model")
+IMAGE_MODELS = ("paligemma",)  # model types that see pictures
 PROJECTOR_PREFIXES = ("multi_modal_projector", "model.multi_modal_projector")
 
 
@@ -63,13 +66,13 @@ def load_config(source: ModelSource) -> Any:
 def meta_model(source: ModelSource, *, num_labels: int | None = None) -> PreTrainedModel:
     """The model without weights (meta device): shapes and names, for checks before anything is loaded.
 
-    num_labels: classes of a sequence classifier; None: a causal language model.
+    num_labels: classes of a sequence classifier; None: a language model, with its towers if it sees pictures.
     """
     config = load_config(source)
     _refuse_quantized_files(source, config)
-    auto: Any = AutoModelForCausalLM
+    auto = auto_class(config, num_labels)
     if num_labels is not None:
-        auto, config.num_labels = AutoModelForSequenceClassification, num_labels
+        config.num_labels = num_labels
     with torch.device("meta"):
         try:
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=source.trust_remote_code)
@@ -91,6 +94,13 @@ def _refuse_quantized_files(source: ModelSource, config: Any) -> None:
         )
 
 
+def auto_class(config: Any, num_labels: int | None) -> Any:
+    """transformers' class that makes the model. num_labels: see meta_model."""
+    if num_labels is not None:
+        return AutoModelForSequenceClassification
+    return AutoModelForImageTextToText if config.model_type in IMAGE_MODELS else AutoModelForCausalLM
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -102,7 +112,7 @@ def load_model(
     """The whole model on the CPU, frozen, parameters in the compute dtype, buffers as its constructor makes them.
 
     Args:
-        num_labels: classes of a sequence classifier; None: a causal language model. Its head's values are whatever
+        num_labels: classes of a sequence classifier; None: a language model. Its head's values are whatever
             transformers drew: init_head must follow.
         label_names: of the classes, for the config; pad_token_id: what the rows are padded with (data's own), which
             decoders look for (data_rows.classification_pad_id). A classifier needs it.
@@ -117,7 +127,7 @@ def load_model(
     }
     try:
         if num_labels is None:
-            model = AutoModelForCausalLM.from_pretrained(source.name_or_path, **arguments)
+            model = auto_class(load_config(source), None).from_pretrained(source.name_or_path, **arguments)
         else:
             model = _load_classifier(source, arguments, num_labels, label_names)
     except OSError as error:
@@ -209,6 +219,28 @@ def load_tokenizer(source: ModelSource, tokenizer_name_or_path: str | None = Non
         ) from error
 
 
+def load_image_processor(source: ModelSource) -> Any:
+    """The model's own image processor, on Pillow whatever else is installed: the same pixels everywhere.
+
+    Raises:
+        ValueError: the path or hub id has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(source.name_or_path, backend="pil", **source.hub_arguments())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path={source.name_or_path!r} holds no image processor ({_first_line(error)}); give a "
+            "folder with preprocessor_config.json, or a hub id that this machine can reach"
+        ) from error
+
+
+def never_run(model: PreTrainedModel) -> list[str]:
+    """Modules whose results the model does not use: SigLIP's pooling head, which PaliGemma passes by."""
+    if model.config.model_type not in IMAGE_MODELS:
+        return []
+    return [name for name, _ in model.named_modules() if name.endswith(("vision_tower.head", "vision_model.head"))]
+
+
 def find_sites(
     model: PreTrainedModel,
     *,
@@ -217,8 +249,11 @@ def find_sites(
     r: int,
     lora_alpha: float,
     tower_settings: dict[str, tuple[int, float]],
+    frozen_towers: Sequence[str] = (),
 ) -> tuple[list[Site], list[int]]:
     """Sites of the model and their first ranks, in base order; works on the meta device.
+
+    frozen_towers: get no adapter.
 
     The output embedding is never a target (PEFT's rule for `all-linear`), nor is a classification head: it is trained
     in full. PEFT leaves out `score` and `classifier` alone; DeBERTa's `pooler.dense` is a target there.
@@ -229,23 +264,27 @@ def find_sites(
     linears = base_linears(model)
     modules = select_modules(linears, target_modules=target_modules, exclude_modules=exclude_modules)
     towers = {name: tower_of(name) for name in modules}
-    unknown = sorted(set(tower_settings) - set(towers.values()))
+    unknown = sorted({*tower_settings, *frozen_towers} - set(towers.values()))
     if unknown:
         raise ValueError(
             f"targets.{unknown[0]} names a tower that has no targeted module; this model's towers are "
             f"{', '.join(sorted(set(towers.values())))}"
         )
+    modules = [name for name in modules if towers[name] not in frozen_towers]
+    if not modules:
+        raise ValueError("targets freezes every tower that target_modules reaches; leave one to train")
     return make_sites(linears, modules, r=r, lora_alpha=lora_alpha, tower_of=towers, tower_settings=tower_settings)
 
 
 def base_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Path -> linear of the base, in `named_modules()` order: all but the output embedding and a classification head.
+    """Path -> linear of the base, in `named_modules()` order: all but the output embedding, a classification head and
+    what never runs.
 
     These are what adapters may sit on and, when the base is quantised, what is quantised.
     """
     output = model.get_output_embeddings()
     skip = [name for name, module in model.named_modules() if output is not None and module is output]
-    return linear_modules(model, skip=[*skip, *head_linears(model)])
+    return linear_modules(model, skip=[*skip, *head_linears(model), *never_run(model)])
 
 
 def quantize_base(model: PreTrainedModel, format: Format, *, carried: bool = False) -> dict[str, Packing]:

@@ -162,9 +162,10 @@ def write_peft(
         raise RuntimeError(f"{folder}: the adapter reads back other than written; is the disk full or failing?")
 
 
-def compare_with_peft(folder: Path, base: torch.nn.Module, input_ids: Tensor, logits: Tensor) -> float:
+def compare_with_peft(folder: Path, base: torch.nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> float:
     """Largest difference between `logits` [B, T, V] and those of PEFT's own reading of the folder on `base`.
 
+    inputs: arguments of the model's forward.
     base: the model as transformers loads it, without our adapters; PEFT's layers stay in it. One that was trained on in
     few bits comes dequantised (quantized.dequantize_modules): the adapter belongs to those numbers, and so a merge must
     be made into them, or say how far the full base is from them.
@@ -173,5 +174,5 @@ def compare_with_peft(folder: Path, base: torch.nn.Module, input_ids: Tensor, lo
 
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     with torch.no_grad():
-        theirs = model(input_ids=input_ids).logits
+        theirs = model(**inputs).logits
     return float((theirs.float() - logits.float()).abs().max())

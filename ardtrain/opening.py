@@ -8,14 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import PreTrainedModel, initialization
 
-from ardtrain.backbones import DTYPES, ModelSource, head_linears, load_config, load_model, set_padding
+from ardtrain.backbones import DTYPES, ModelSource, auto_class, head_linears, load_config, load_model, set_padding
 from ardtrain.fingerprint import hub_weight_files
 from ardtrain.loading import NotMapped, Shards, TensorSource, Weights, map_parameters
 from ardtrain.loading.mapping import Mapped
@@ -74,9 +69,8 @@ def _unread_model(
 ) -> PreTrainedModel:
     """The model on the meta device as from_pretrained makes it before it reads (PreTrainedModel.get_init_context)."""
     config = load_config(source)
-    auto: Any = AutoModelForCausalLM
+    auto = auto_class(config, num_labels)
     if num_labels is not None:
-        auto = AutoModelForSequenceClassification
         names = [f"LABEL_{i}" for i in range(num_labels)] if label_names is None else list(label_names)
         assert len(names) == num_labels
         config.num_labels = num_labels

@@ -17,13 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ardtrain.adapters import dense_entries, linear_modules
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import (
+    IMAGE_MODELS,
     ModelSource,
     find_sites,
     head_linears,
+    load_image_processor,
     load_tokenizer,
     meta_model,
     tower_config,
 )
+from ardtrain.backbones import load_config as load_model_config
 from ardtrain.collectives import idle_share
 from ardtrain.config import (
     AloraBlock,
@@ -43,6 +46,7 @@ from ardtrain.data import DataSettings, EvalData, TrainData
 from ardtrain.data_rows import find_labels
 from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
 from ardtrain.heads import Heads, find_heads, split_heads
+from ardtrain.images import ImageReader, ImageSettings, image_settings
 from ardtrain.importing import place, read_adapter
 from ardtrain.methods import build
 from ardtrain.methods.alora import num_matrix_types
@@ -50,6 +54,7 @@ from ardtrain.methods.base import Method
 from ardtrain.ranks import Dense, RankTable, Site
 from ardtrain.token_rows import find_tokens, refuse_whole_embeddings, token_entry
 
+_FORMATS: dict[str, Any] = {"sequence_classification": "classification", "image_text_to_text": "image_text"}
 UNKNOWN_STEPS = 1 << 40  # longer than any schedule
 
 
@@ -82,6 +87,7 @@ def check_model(config: RunConfig) -> Shape:
     """
     labels = read_labels(config)
     try:
+        _check_task(config)
         model = meta_model(model_source(config), num_labels=len(labels) or None)
         trained_linears = head_linears(model) if labels else {}
         refuse_whole_embeddings(model, modules_to_save=config.modules_to_save, target_modules=config.target_modules)
@@ -110,9 +116,20 @@ def check_model(config: RunConfig) -> Shape:
     return replace(shape, num_trained=num_trained, dense=dense)
 
 
+def _check_task(config: RunConfig) -> None:
+    """A model that sees pictures and the task with pictures belong together."""
+    kind, images = load_model_config(model_source(config)).model_type, config.task == "image_text_to_text"
+    if images != (kind in IMAGE_MODELS):
+        raise ValueError(
+            f"task={config.task} does not fit a model of type {kind!r}; "
+            + (f"use one of {', '.join(IMAGE_MODELS)}" if images else "set task=image_text_to_text")
+        )
+
+
 def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[int], dict[str, Heads]]:
     """Sites, first ranks and, for ARD-LoRA, the matrices that are cut by head."""
-    towers = {tower: adapter_settings(config, tower) for tower in config.targets}
+    frozen = [tower for tower, own in config.targets.items() if own.frozen]
+    towers = {tower: adapter_settings(config, tower) for tower in config.targets if tower not in frozen}
     sites, ranks = find_sites(
         model,
         target_modules=config.target_modules,
@@ -120,6 +137,7 @@ def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[
         r=config.r,
         lora_alpha=config.lora_alpha,
         tower_settings={tower: (s.r, s.lora_alpha) for tower, s in towers.items()},
+        frozen_towers=frozen,
     )
     if config.use_rslora:
         sites = [replace(s, scaling=s.scaling * math.sqrt(r)) for s, r in zip(sites, ranks, strict=True)]
@@ -156,7 +174,26 @@ def read_labels(config: RunConfig) -> tuple[str, ...]:
         raise ConfigError(str(error).splitlines()) from error
 
 
-def data_settings(config: RunConfig, labels: tuple[str, ...] = ()) -> DataSettings:
+def image_reader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ImageReader | None:
+    """What makes pixels of the rows' pictures, None for other tasks. Raises ConfigError."""
+    if config.task != "image_text_to_text":
+        return None
+    source = model_source(config)
+    try:
+        processor = load_image_processor(source)
+        settings = image_settings(
+            load_model_config(source),
+            tokenizer,
+            processor,
+            field=config.data.image_field,
+            max_length=config.max_length,
+        )
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    return ImageReader(processor, settings)
+
+
+def data_settings(config: RunConfig, labels: tuple[str, ...] = (), images: ImageSettings | None = None) -> DataSettings:
     """The config's `data` block and the settings of rows, in the data layer's own form."""
     template = config.chat_template
     if template is not None and len(template) < 1024 and Path(template).is_file():
@@ -164,7 +201,7 @@ def data_settings(config: RunConfig, labels: tuple[str, ...] = ()) -> DataSettin
     d = config.data
     return DataSettings(
         train_files=d.train_file,
-        format="classification" if config.task == "sequence_classification" else d.format,
+        format=_FORMATS.get(config.task, d.format),
         prompt_field=d.prompt_field,
         completion_field=d.completion_field,
         messages_field=d.messages_field,
@@ -180,6 +217,7 @@ def data_settings(config: RunConfig, labels: tuple[str, ...] = ()) -> DataSettin
         text_pair_field=d.text_pair_field,
         label_field=d.label_field,
         labels=labels or None,
+        images=images,
     )
 
 
@@ -200,7 +238,8 @@ def open_data(
         ConfigError: broken rows, too few rows, or a schedule that does not fit into the run's steps.
     """
     assert config.global_batch_size is not None
-    settings = data_settings(config, labels)
+    images = image_reader(config, tokenizer)
+    settings = data_settings(config, labels, images.settings if images else None)
     try:
         train = TrainData(
             settings,
@@ -210,6 +249,7 @@ def open_data(
             grain_size=config.per_device_train_batch_size,
             num_train_epochs=config.num_train_epochs,
             max_steps=config.max_steps,
+            images=images,
         )
         held_out = None
         if config.data.eval_file is not None:
@@ -220,6 +260,7 @@ def open_data(
                 cache_dir(),
                 grain_size=config.per_device_eval_batch_size,
                 max_samples=config.max_eval_samples,
+                images=images,
             )
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
@@ -243,14 +284,16 @@ def open_allocation_data(
     path = config.data.allocation_file or config.data.eval_file
     assert path is not None, "the config checks this"
     block = config.alora or AloraBlock()
+    images = image_reader(config, tokenizer)
     try:
         return EvalData(
-            data_settings(config, labels),
+            data_settings(config, labels, images.settings if images else None),
             [path],
             tokenizer,
             cache_dir(),
             grain_size=config.per_device_eval_batch_size,
             choose=(block.val_batch, config.seed) if alora else None,
+            images=images,
         )
     except (OSError, ValueError) as error:
         source = f"alora.val_batch={block.val_batch}: " if alora else ""
@@ -342,10 +385,13 @@ def summary(config: RunConfig, shape: Shape, train: TrainData, notes: Sequence[s
     """What `ardtrain validate` prints and a run begins with."""
     share = shape.num_trained / shape.num_base
     bits = "" if config.quantization is None else f", linears in {config.quantization}"
+    by_tower = shape.table.by_tower()
+    towers = ", ".join(f"{tower} {total}" for tower, total in by_tower.items())
     lines = [
         f"model: {config.model_name_or_path}, {shape.num_base:,} frozen parameters{bits}",
         f"method: {config.method}, {len(shape.table.sites)} sites, total rank {shape.table.total}, "
         f"{shape.num_trained:,} trained numbers ({share:.2%})",
+        *([f"total rank by tower: {towers}"] if len(by_tower) > 1 else []),
         schedule_text(config, train),
         f"data: {train.num_samples} samples; " + ", ".join(f"{k} {v}" for k, v in train.counts.items()),
         *(f"note: {n}" for n in notes),

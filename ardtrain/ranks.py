@@ -108,6 +108,13 @@ class RankTable:
         """Site name -> rank."""
         return {s.name: r for s, r in zip(self.sites, self.ranks, strict=True)}
 
+    def by_tower(self) -> dict[str, int]:
+        """Tower -> total rank of its sites."""
+        out: dict[str, int] = {}
+        for site, own in zip(self.sites, self.ranks, strict=True):
+            out[site.tower] = out.get(site.tower, 0) + own
+        return out
+
     def to_json(self) -> dict[str, Any]:
         return {
             "sites": [

@@ -29,7 +29,8 @@ class Records:
 
     def start(self, table: RankTable) -> None:
         """Line 0 of ranks.jsonl: the full table of a new run."""
-        self._log.ranks(0, {"event": 0, "total_rank": table.total, "table": table.by_name(), "digest": table.digest})
+        line = {"event": 0, "total_rank": table.total, "table": table.by_name(), "digest": table.digest}
+        self._log.ranks(0, line | _towers(table))
 
     def step(self, result: StepResult) -> None:
         """Records one step; its numbers are on the host already."""
@@ -73,6 +74,7 @@ class Records:
             "scores": {**plan.scores, **event.notes},
             "changes": changes,
             "seconds": record.seconds,
+            **_towers(record.after),
         }
         self._log.ranks(event.step + 1, line)
         wanted = self._config.log_scores
@@ -80,6 +82,12 @@ class Records:
             wanted = len(record.before.sites) < LOG_SCORES_SITES
         if wanted and event.scores is not None and self._trainer.world.is_main:
             _write_scores(self._run_dir / "scores" / f"event-{number}.safetensors", record.before, event.scores)
+
+
+def _towers(table: RankTable) -> dict[str, dict[str, int]]:
+    """Total rank by tower, where there are several."""
+    towers = table.by_tower()
+    return {"towers": towers} if len(towers) > 1 else {}
 
 
 def _numbers(result: StepResult) -> dict[str, float]:

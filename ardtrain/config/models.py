@@ -34,9 +34,19 @@ def _off(value: object) -> object:
 class TargetBlock(Block):
     """Adapter settings of one tower; what is left out follows the top level."""
 
+    frozen: bool = False
+    """No adapter in this tower."""
     r: int | None = Field(default=None, ge=1)
     lora_alpha: float | None = Field(default=None, gt=0)
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+
+    def cross_field_errors(self) -> list[str]:
+        given = [name for name in ("r", "lora_alpha", "lora_dropout") if getattr(self, name) is not None]
+        return (
+            [f"{given[0]} stands beside frozen=true, which leaves no adapter; remove one"]
+            if self.frozen and given
+            else []
+        )
 
 
 class DataBlock(Block):
@@ -57,6 +67,8 @@ class DataBlock(Block):
     """str.format over the row's fields instead of completion_field."""
     text_pair_field: str | None = None
     """Second text of a row (sequence classification)."""
+    image_field: str = "image"
+    """Path (relative to the data file), data URI or bytes of a row's picture (image_text_to_text)."""
     label_field: str = "label"
     """A number from 0 or a name (sequence classification)."""
     label_names: tuple[str, ...] | None = None
@@ -233,8 +245,8 @@ class RunConfig(Block):
     tokenizer_name_or_path: str | None = None
     """None: the base's own."""
 
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """sequence_classification: the head is trained in full and saved with the adapter."""
+    task: Literal["causal_lm", "sequence_classification", "image_text_to_text"] = "causal_lm"
+    """sequence_classification: the head is trained in full and saved as well; image_text_to_text: PaliGemma."""
     method: Method
     r: int = Field(default=8, ge=1)
     """Rank of each site at the start."""
@@ -396,6 +408,26 @@ class RunConfig(Block):
             errors.append("method=alora judges components on held-out rows; set data.allocation_file or data.eval_file")
         if self.task == "sequence_classification" and self.packing:
             errors.append("packing=true has no meaning for task=sequence_classification, one label a row; remove it")
+        if self.task == "image_text_to_text":
+            errors += self._image_errors()
+        return errors
+
+    def _image_errors(self) -> list[str]:
+        errors = []
+        if self.method == "full":
+            errors.append("method=full is not built for task=image_text_to_text; use an adapter")
+        if self.packing:
+            errors.append("packing=true is not built for task=image_text_to_text, a picture a row; remove it")
+        if self.data.format not in ("auto", "completion"):
+            errors.append(
+                f"data.format={self.data.format} does not go with task=image_text_to_text, whose rows are picture, "
+                "prompt and completion; remove it"
+            )
+        if "flash" in (self.attn_implementation or ""):
+            errors.append(
+                f"attn_implementation={self.attn_implementation} cannot draw a mask in which picture and prompt see "
+                "each other both ways; remove it"
+            )
         return errors
 
     def _ard_lora_errors(self, block: ArdLoraBlock) -> list[str]:

@@ -45,7 +45,7 @@ def trained(request, tmp_path):
 
 def test_peft_reads_the_same_function(trained):
     folder, _, _, logits = trained
-    difference = compare_with_peft(folder, tiny_llama(), IDS, logits)
+    difference = compare_with_peft(folder, tiny_llama(), {"input_ids": IDS}, logits)
     assert difference <= 1e-5 * max(1.0, logits.abs().max().item())
     with torch.no_grad():  # and the adapter is not nothing
         assert (tiny_llama()(input_ids=IDS).logits - logits).abs().max() > 0.1

@@ -57,7 +57,7 @@ class Exported:
         self.tensors = load_file(folder / "adapter_model.safetensors")
 
     def assert_peft_reads_the_same(self):
-        difference = compare_with_peft(self.folder, tiny_llama(), IDS, self.logits)
+        difference = compare_with_peft(self.folder, tiny_llama(), {"input_ids": IDS}, self.logits)
         assert difference <= TOLERANCE * float(self.logits.abs().max())
         with torch.no_grad():  # and the adapter is not nothing
             assert float((tiny_llama()(input_ids=IDS).logits - self.logits).abs().max()) > 0.1
@@ -171,7 +171,7 @@ def test_a_run_exports_what_it_computes(world, tmp_path, form, stop):
     with torch.no_grad():
         bind_arena(trainer.adapters, arena.layout, arena.engine.weights, gates)
         logits = model(input_ids=IDS).logits
-    difference = compare_with_peft(tmp_path / "adapter", tiny_llama(), IDS, logits)
+    difference = compare_with_peft(tmp_path / "adapter", tiny_llama(), {"input_ids": IDS}, logits)
     assert difference <= TOLERANCE * float(logits.abs().max())
     arena.engine.destroy()
 

@@ -1,0 +1,187 @@
+"""PaliGemma-2 as a base: which task and towers, where adapters sit, ranks that cross towers, ablation with pictures."""
+
+import shutil
+
+import pytest
+import torch
+
+from ardtrain.backbones import ModelSource, load_image_processor, load_model, meta_model, never_run
+from ardtrain.config import ConfigError
+from ardtrain.preflight import check_model, image_reader, open_data, prepare, tokenizer_of
+from tests.runs import write_run
+from tests.tiny import elalora, tiny_trainer
+from tests.tiny_paligemma import save_tiny_paligemma, tiny_paligemma, write_rows
+from tests.unit.test_ablation import TOLERANCE, Setup
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paligemma")
+    save_tiny_paligemma(folder / "model")
+    write_rows(folder, "train", 24)
+    write_rows(folder, "dev", 8, seed=1)
+    return folder
+
+
+@pytest.fixture
+def config_of(folder, monkeypatch):
+    monkeypatch.setenv("ARDTRAIN_CACHE", str(folder / "cache"))
+
+    def make(**settings):
+        return prepare(write_run(folder, **({"task": "image_text_to_text"} | settings)), [], world_size=1).config
+
+    return make
+
+
+@pytest.fixture
+def data(config_of):
+    config = config_of(max_steps=24)
+    return open_data(config, tokenizer_of(config))
+
+
+def towers(table):
+    out = {}
+    for site, rank in zip(table.sites, table.ranks, strict=True):
+        out.setdefault(site.tower, []).append(rank)
+    return out
+
+
+def test_loads_as_a_model_of_pictures(folder):
+    source = ModelSource(str(folder / "model"))
+    model = load_model(source, compute_dtype="fp32")
+    assert type(model).__name__ == type(meta_model(source)).__name__ == "PaliGemmaForConditionalGeneration"
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    torch.testing.assert_close(model.lm_head.weight, tiny_paligemma().lm_head.weight, rtol=0, atol=0)
+
+
+def test_all_linear_leaves_out_what_never_runs(config_of):
+    """SigLIP's pooling head is in the model and its result is not used; the output embedding is never a target."""
+    model = tiny_paligemma()
+    assert never_run(model) == ["model.vision_tower.head"]
+    table = check_model(config_of()).table
+    assert {tower: len(ranks) for tower, ranks in towers(table).items()} == {
+        "vision": 12, "projector": 1, "language": 28,
+    }  # fmt: skip
+    assert not [s.name for s in table.sites if ".head." in s.name or "lm_head" in s.name]
+    by_name = check_model(config_of(target_modules=["out_proj"])).table  # the head has one as well
+    assert [s.name for s in by_name.sites] == [
+        f"model.vision_tower.encoder.layers.{i}.self_attn.out_proj" for i in range(2)
+    ]
+
+
+def test_each_tower_has_its_settings(config_of):
+    table = check_model(config_of(r=4, targets={"vision": {"r": 3}, "projector": {"r": 6, "lora_alpha": 18}})).table
+    assert {tower: set(ranks) for tower, ranks in towers(table).items()} == {
+        "vision": {3}, "projector": {6}, "language": {4},
+    }  # fmt: skip
+    assert {s.tower: s.scaling for s in table.sites} == {"vision": 2.0, "projector": 3.0, "language": 2.0}
+
+
+def test_towers_can_be_frozen(config_of):
+    table = check_model(config_of(targets={"vision": {"frozen": True}, "projector": {"frozen": True}})).table
+    assert list(towers(table)) == ["language"]
+    only = check_model(config_of(targets={"language": {"frozen": True}})).table
+    assert list(towers(only)) == ["vision", "projector"]
+    every = {tower: {"frozen": True} for tower in ("vision", "projector", "language")}
+    with pytest.raises(ConfigError, match="targets freezes every tower that target_modules reaches; leave one"):
+        config_of(targets=every)
+    with pytest.raises(ConfigError, match=r"targets\.vision.*r stands beside frozen=true, which leaves no adapter"):
+        config_of(targets={"vision": {"frozen": True, "r": 4}})
+    with pytest.raises(ConfigError, match=r"targets\.audio names a tower that has no targeted module; this model's"):
+        config_of(targets={"audio": {"frozen": True}})
+
+
+def test_heads_of_both_towers(config_of):
+    """ARD-LoRA cuts SigLIP's out_proj and Gemma's grouped k and v by their own head counts."""
+    shape = check_model(config_of(method="ard_lora", elalora=None, r=2))
+    count = {m.rpartition(".")[2]: (h.count, h.side) for m, h in shape.heads.items() if "layers.0" in m}
+    assert count == {
+        "q_proj": (4, "out"), "k_proj": (2, "out"), "v_proj": (2, "out"), "out_proj": (4, "in"), "o_proj": (4, "in"),
+    }  # fmt: skip
+    vision = [h.count for m, h in shape.heads.items() if "vision" in m and m.endswith("k_proj")]
+    assert vision == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "causal_lm"}, "task=causal_lm does not fit a model of type 'paligemma'; set task=image_text_to_text"),
+        ({"method": "full", "elalora": None, "r": 8}, "method=full is not built for task=image_text_to_text"),
+        ({"packing": True}, "packing=true is not built for task=image_text_to_text"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation=flash_attention_2 cannot draw a mask"),
+        ({"max_length": 18}, None),
+    ],
+)
+def test_refused(config_of, folder, settings, message):
+    if message is None:
+        config = config_of(**settings)
+        with pytest.raises(ConfigError, match="max_length=18 leaves no room for text beside 16 tokens of the picture"):
+            open_data(config, tokenizer_of(config))
+        return
+    with pytest.raises(ConfigError, match=message):
+        config_of(**settings)
+
+
+def test_other_formats_and_models_are_refused(config_of, folder, tmp_path):
+    files = {"train_file": str(folder / "train.jsonl"), "format": "text"}
+    with pytest.raises(ConfigError, match="data.format=text does not go with task=image_text_to_text"):
+        config_of(data=files)
+    path = write_run(tmp_path, task="image_text_to_text")  # a Llama
+    with pytest.raises(ConfigError, match="does not fit a model of type 'llama'; use one of paligemma"):
+        prepare(path, [], world_size=1)
+
+
+def test_image_processor_is_the_models_own_on_pillow(config_of, folder, tmp_path):
+    processor = load_image_processor(ModelSource(str(folder / "model")))
+    assert type(processor).__name__ == "SiglipImageProcessorPil"
+    config = config_of(data={"train_file": str(folder / "train.jsonl"), "image_field": "photo"}, eval_steps=None)
+    assert image_reader(config, tokenizer_of(config)).settings.field == "photo"
+    with pytest.raises(ConfigError, match="train.jsonl:1: field 'photo' is missing"):
+        open_data(config, tokenizer_of(config))
+    shutil.copy(folder / "model" / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="holds no image processor"):
+        load_image_processor(ModelSource(str(tmp_path)))
+
+
+def test_ranks_cross_towers(data, world):
+    """One budget over all towers: a plan that takes from the language tower and gives to the vision tower."""
+    train, _ = data
+    trainer = tiny_trainer(elalora(b=8, k=3), model=tiny_paligemma(), data=train, r=4, total_steps=60)
+    start = {tower: sum(ranks) for tower, ranks in towers(trainer.arena.table).items()}
+    moved = []
+    for _ in range(22):
+        trainer.train_step()
+        moved.append({tower: sum(ranks) for tower, ranks in towers(trainer.arena.table).items()})
+    assert all(sum(now.values()) == sum(start.values()) for now in moved)
+    assert any(now["vision"] != start["vision"] and now["language"] != start["language"] for now in moved)
+    trainer.arena.engine.destroy()
+
+
+class PictureSetup(Setup):
+    """test_ablation's, with pictures: adapters in three towers, the stack of layers is the language model's."""
+
+    def __init__(self, data):
+        super().__init__(3, model=tiny_paligemma(layers=2, vision_layers=1), r=1)
+        self.data = FewGrains(data)
+
+
+class FewGrains:
+    def __init__(self, data):
+        self.data = data
+
+    def grains(self):
+        return self.data.grains()[:2]
+
+    def collate(self, grain):
+        return self.data.collate(grain)
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_ablation_with_pictures_equals_the_naive_loop(data, prefix_cache):
+    setup = PictureSetup(data[1])
+    cs, cs0 = setup.naive()
+    got = setup.scores(ablations_per_forward=3, prefix_cache=prefix_cache)
+    assert float((got.cs - cs).abs().max()) < TOLERANCE and abs(got.cs0 - cs0) < TOLERANCE
+    assert float(cs.max() - cs.min()) > 1e-3
+    vision = [i for i, s in enumerate(setup.table.sites) for _ in range(setup.table.ranks[i]) if s.tower == "vision"]
+    assert vision and float(cs[: len(vision)].abs().max()) > 0.0
