@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,40 +19,11 @@ from torch import Tensor, nn
 
 from ardtrain.arena import ArenaLayout
 from ardtrain.heads import Heads, HeadSide
-from ardtrain.quantized import Packing, QuantizedLinear, QuantizedProduct
+from ardtrain.products import AdapterProduct, FrozenLinear, Group, Scaled, down, find_groups
+from ardtrain.quantized import Packing, QuantizedLinear
 from ardtrain.ranks import Dense, Site
 
 FrozenModule = nn.Linear | QuantizedLinear  # what an adapter may sit on
-
-
-class FrozenLinear(torch.autograd.Function):
-    """`x W^T + bias` that keeps only a reference to the frozen weight for backward.
-
-    Why not F.linear: under ZeRO-3 torch's own saves a view of the gathered weight, which keeps it in memory, and
-    DeepSpeed's replacement (patched in by zero.Init) saves the input as well, which a frozen weight never needs. One
-    function for every stage also gives the same bits with and without ZeRO-3.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(weight)
-        out = torch.matmul(x, weight.t())
-        return out if bias is None else out + bias
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors  # whole again: ZeRO-3 gathers it before this module's backward
-        return torch.matmul(grad, weight), None, None
-
-
-def frozen_product(x_BTI: Tensor, layer: AdapterLinear, bias: Tensor | None) -> Tensor:
-    """`x W^T + bias` [B, T, O] of the layer's frozen weight, whatever form it is kept in."""
-    out: Tensor
-    if layer.packing is not None:
-        out = QuantizedProduct.apply(x_BTI, layer.weight, bias, layer.packing)  # type: ignore[no-untyped-call]
-    else:
-        out = FrozenLinear.apply(x_BTI, layer.weight, bias)
-    return out
 
 
 def frozen_weight(layer: AdapterLinear | FrozenModule) -> Tensor:
@@ -81,6 +52,7 @@ class AdapterLinear(nn.Module):
         self.dropout = dropout
         self.views: Mapping[str, Tensor] | None = None
         self.gates: Tensor | None = None  # [R], or [B, 1, R] for one vector an example
+        self.group: Group[AdapterLinear] | None = None  # of adapters that see the same input (group_adapters)
 
     def bind(self, views: Mapping[str, Tensor] | None, ranks: tuple[int, ...], gates: Tensor | None = None) -> None:
         """Takes this step's numbers.
@@ -90,30 +62,80 @@ class AdapterLinear(nn.Module):
             gates: [R] float32, or None.
         """
         self.views, self.gates = views, gates
+        if self.group is not None:
+            self.group.forget()
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """[B, T, I] -> [B, T, O]; any leading dimensions."""
-        out = frozen_product(x_BTI, self, self.bias)
         if self.views is None:  # rank 0 costs nothing
+            out: Tensor = FrozenLinear.apply(x_BTI, self.weight, self.bias, self.packing)
             return out
-        return out + self.product(x_BTI)
+        return self._fused(x_BTI, self.weight, self.bias)
 
     def product(self, x_BTI: Tensor) -> Tensor:
         """The adapter's own contribution [B, T, O]."""
-        assert self.views is not None
-        dtype = x_BTI.dtype
-        x_BTI = F.dropout(x_BTI, self.dropout, self.training)
-        hidden = x_BTI @ self.views["lora_A"].to(dtype).t()  # [B, T, R]
-        return self.scaled(hidden) @ self.views["lora_B"].to(dtype)
+        return self._fused(x_BTI, None, None)
 
-    def scaled(self, hidden: Tensor) -> Tensor:
-        """[B, T, R] times scaling, diagonal and gates; in the dtype it came in."""
+    def _fused(self, x_BTI: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        b, scale = self.up_rows()
+        if self._input_is_its_own:
+            hidden: Tensor | None = self._own_hidden(x_BTI)
+        else:
+            hidden = None if self.group is None else self.group.take(self, x_BTI)
+        if hidden is not None:
+            out, *_ = AdapterProduct.apply(x_BTI, weight, bias, self.packing, b, scale, hidden, 0)
+            return out
+        members: Sequence[AdapterLinear] = [self] if self.group is None else self.group.members
+        rows = {m: a for m in members if (a := m.shared_rows()) is not None}
+        if self not in rows:
+            rows = {self: self.down_rows()}
+        own = list(rows).index(self)
+        out, *others = AdapterProduct.apply(x_BTI, weight, bias, self.packing, b, scale, None, own, *rows.values())
+        if others:
+            assert self.group is not None
+            self.group.give(x_BTI, zip((m for m in rows if m is not self), others, strict=True))
+        return out
+
+    @property
+    def _input_is_its_own(self) -> bool:
+        """Does the adapter see other numbers than its linear's input, or gate each example its own way?"""
+        return (self.training and self.dropout > 0.0) or self._gates_by_example
+
+    @property
+    def _gates_by_example(self) -> bool:
+        return self.gates is not None and self.gates.dim() > 1
+
+    def _own_hidden(self, x_BTI: Tensor) -> Tensor:
+        """[N, R]: u of the dropped input, and times the gates of each example."""
+        x_BTI = F.dropout(x_BTI, self.dropout, self.training)
+        hidden = down(x_BTI.flatten(0, -2), self.down_rows().to(x_BTI.dtype))
+        if not self._gates_by_example:
+            return hidden
+        assert self.gates is not None
+        gated = hidden.view(*x_BTI.shape[:-1], -1) * self._padded(self.gates, -1)
+        return gated.to(hidden.dtype).view(hidden.shape)
+
+    def _padded(self, values: Tensor, dim: int = 0) -> Tensor:
+        return values
+
+    def shared_rows(self) -> Tensor | None:
+        """[R, I] its A for a product with those of its group; None while it takes no part."""
+        return None if self.views is None or self._input_is_its_own else self.down_rows()
+
+    def down_rows(self) -> Tensor:
+        """[R, I] float32: A."""
         assert self.views is not None
-        diagonal = self.views.get("diagonal")
-        if diagonal is None and self.gates is None:
-            return hidden * self.scaling
-        middle = self.scaling if diagonal is None else diagonal.view(-1) * self.scaling
-        return (hidden * (middle if self.gates is None else middle * self.gates)).to(hidden.dtype)
+        return self.views["lora_A"]
+
+    def up_rows(self) -> tuple[Tensor, float]:
+        """([R, O] float32: B times diagonal and gates where there are any, what is left to multiply it by)."""
+        assert self.views is not None
+        b, diagonal = self.views["lora_B"], self.views.get("diagonal")
+        gates = None if self._gates_by_example else self.gates
+        if diagonal is None and gates is None:
+            return b, self.scaling
+        middle = self.scaling if diagonal is None else diagonal * self.scaling  # [R, 1]
+        return b * (middle if gates is None else middle * gates.view(-1, 1)), 1.0
 
     def extra_repr(self) -> str:
         rank = 0 if self.views is None else len(self.views["lora_A"])
@@ -153,9 +175,9 @@ class DoraLinear(AdapterLinear):
             return super().forward(x_BTI)
         if self._norm is None:
             self._norm = self.column_norm()
-        whole = frozen_product(x_BTI, self, None) + self.product(x_BTI)
-        out: Tensor = (whole * (self.views["magnitude"].view(-1) / self._norm)).to(x_BTI.dtype)
-        return out if self.bias is None else out + self.bias
+        whole = self._fused(x_BTI, self.weight, None)
+        out: Tensor = Scaled.apply(whole, self.views["magnitude"].view(-1) / self._norm, self.bias)
+        return out
 
     @torch.no_grad()
     def column_norm(self) -> Tensor:
@@ -194,29 +216,19 @@ class HeadLinear(AdapterLinear):
             places = [h * self._largest + i for h, r in enumerate(ranks) for i in range(r)]
             self._rows = torch.tensor(places, device=views["lora_A"].device)
 
-    def product(self, x_BTI: Tensor) -> Tensor:
-        assert self.views is not None
-        dtype, lead = x_BTI.dtype, x_BTI.shape[:-1]
-        x_NI = F.dropout(x_BTI, self.dropout, self.training).flatten(0, -2)
-        a, b = self.views["lora_A"].to(dtype), self.views["lora_B"].to(dtype)
-        heads, largest = self.num_heads, self._largest
-        if self.side == "out":
-            hidden = self._padded(self._gated(x_NI @ a.t(), lead), -1).view(-1, heads, largest)
-            b_HcD = self._padded(b, 0).view(heads, largest, -1)
-            out = torch.bmm(hidden.transpose(0, 1), b_HcD).transpose(0, 1)  # [N, H, d]
-            return out.reshape(*lead, self.out_features)
-        x_HND = x_NI.view(len(x_NI), heads, -1).transpose(0, 1)
-        a_HDc = self._padded(a, 0).view(heads, largest, -1).transpose(1, 2)
-        hidden = torch.bmm(x_HND, a_HDc).transpose(0, 1).reshape(len(x_NI), heads * largest)
-        if self._rows is not None:
-            hidden = hidden.index_select(-1, self._rows)
-        return (self._gated(hidden, lead) @ b).view(*lead, self.out_features)
+    def shared_rows(self) -> Tensor | None:
+        return None if self.side == "in" else super().shared_rows()
 
-    def _gated(self, hidden_NR: Tensor, lead: torch.Size) -> Tensor:
-        """Scaling and gates; per-example gates see the leading dimensions."""
-        return self.scaled(hidden_NR.view(*lead, -1)).view(hidden_NR.shape)
+    def down_rows(self) -> Tensor:
+        a = self._padded(super().down_rows())
+        return a if self.side == "out" else a.view(self.num_heads, self._largest, -1)
 
-    def _padded(self, values: Tensor, dim: int) -> Tensor:
+    def up_rows(self) -> tuple[Tensor, float]:
+        rows, scale = super().up_rows()
+        b = self._padded(rows)
+        return (b if self.side == "in" else b.view(self.num_heads, self._largest, -1)), scale
+
+    def _padded(self, values: Tensor, dim: int = 0) -> Tensor:
         """Zeros between the heads' rows, up to the largest rank. Backward selects: no sums, so bits are repeatable."""
         if self._rows is None:
             return values
@@ -237,12 +249,13 @@ class SharedHeadLinear(AdapterLinear):
         super().__init__(linear, scaling=scaling, dropout=dropout)
         self.gates_per_component, self.side = num_heads, side
 
-    def product(self, x_BTI: Tensor) -> Tensor:
-        assert self.views is not None
-        dtype = x_BTI.dtype
-        x_BTI = F.dropout(x_BTI, self.dropout, self.training)
-        hidden = x_BTI @ self._masked("lora_A").to(dtype).t() * self.scaling
-        return hidden @ self._masked("lora_B").to(dtype)
+    def down_rows(self) -> Tensor:
+        return self._masked("lora_A")
+
+    def up_rows(self) -> tuple[Tensor, float]:
+        return self._masked("lora_B"), self.scaling
+
+    _gates_by_example = False  # its gates [R, H] mask A or B
 
     def _masked(self, part: str) -> Tensor:
         """[R, H d]: the rows that are each head's own, times its gates; anew in each grain, whose backward frees it."""
@@ -291,6 +304,15 @@ def attach(
         setattr(parent, child, adapter)
         out[site.module] = adapter
     return out
+
+
+def group_adapters(adapters: Mapping[str, nn.Module], run: Callable[[], object]) -> None:
+    """Finds by one forward of the model (`run`) which adapters see the same input, and lets those share products."""
+    own = [(name, adapter) for name, adapter in adapters.items() if isinstance(adapter, AdapterLinear)]
+    for members in find_groups(own, run):
+        group = Group(members)
+        for adapter in members:
+            adapter.group = group
 
 
 class DenseModule(nn.Module):

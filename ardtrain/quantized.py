@@ -18,10 +18,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from ardtrain.products import FrozenLinear
 
 Format = Literal["int8", "nf4"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -201,28 +203,6 @@ class Packing:
         return out[: self.num_weights].view(self.out_features, self.in_features)
 
 
-class QuantizedProduct(torch.autograd.Function):
-    """`x W^T + bias` of a quantised frozen weight, which is dequantised in forward and again in backward.
-
-    Only a reference to the byte parameter is kept for backward (under ZeRO-3 it is gathered again by then): torch's own
-    product of a dequantised weight would keep that weight, in full precision, for every linear of the model.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, parameter: Tensor, bias: Tensor | None, packing: Packing
-    ) -> Tensor:
-        ctx.save_for_backward(parameter)
-        ctx.packing = packing
-        out = torch.matmul(x, packing.dequantize(parameter).t())
-        return out if bias is None else out + bias
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
-        (parameter,) = ctx.saved_tensors
-        return torch.matmul(grad, ctx.packing.dequantize(parameter)), None, None, None
-
-
 class QuantizedLinear(nn.Module):
     """A frozen linear whose `weight` is the byte parameter. An adapter adopts it as it adopts an nn.Linear."""
 
@@ -240,7 +220,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        out: Tensor = QuantizedProduct.apply(x, self.weight, self.bias, self.packing)  # type: ignore[no-untyped-call]
+        out: Tensor = FrozenLinear.apply(x, self.weight, self.bias, self.packing)
         return out
 
     def dequantized(self) -> nn.Linear:

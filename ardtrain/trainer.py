@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ardtrain import schedule
-from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views
+from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views, group_adapters
 from ardtrain.arena import ArenaLayout
 from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
 from ardtrain.data import Batch
@@ -213,6 +213,7 @@ class Trainer:
     clock: Clock = field(default_factory=Clock)
     hooks: Hooks = field(default_factory=Hooks)
     loss_sum: LossSum = loss_sum
+    grouped: bool = False  # adapters that share an input were looked for
 
     def __post_init__(self) -> None:
         self.poll = StopPoll(self.world, self.settings.stop_poll_seconds)
@@ -386,7 +387,24 @@ class Trainer:
         leaf, gates = self.arena.engine.leaf(), self.method.gates(step)
         if gates is not None:
             gates = gates.to(self.world.device).requires_grad_()
+        self._group_adapters()
         return leaf, gates, bind_arena(self.adapters, self.arena.layout, leaf, gates)
+
+    def _group_adapters(self) -> None:
+        """Before anything else runs the model: one forward that shows which adapters share an input.
+
+        Of the run's first grain, so that experts that see no token are the same on every process and after a resume:
+        bits hang on the groups. All processes must call this.
+        """
+        if self.grouped:
+            return
+        self.grouped = True
+        bind_arena(self.adapters, self.arena.layout, self.arena.engine.weights)
+        batch, dtype, device = self.data.collate(self.data.grains(0)[0]), self.settings.compute_dtype, self.world.device
+        with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            group_adapters(
+                self.adapters, lambda: self.loss_sum(self.backbone.module, batch, device=device, mask_dtype=dtype)
+            )
 
     def _grain(self, step: int, index: int, batch: Batch, leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss sum of one grain and its gradient by each leaf; dropout is seeded by (run seed, step, grain)."""
@@ -425,6 +443,7 @@ class Trainer:
         self.state.pending_plan = False
         if not self.method.due(step):
             return None
+        self._group_adapters()
         self.state.pending_plan = True
         scores, notes = self._scores(step)
         self.state.pending_plan = False

@@ -3,21 +3,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ardtrain import products
 from ardtrain.adapters import (
     AdapterLinear,
     FrozenLinear,
     attach,
     bind_arena,
     drop_views,
+    group_adapters,
     linear_modules,
     make_sites,
     select_modules,
 )
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import find_sites
+from ardtrain.engines import BackboneEngine
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
-from tests.tiny import equal_bits, tiny_llama
+from tests.tiny import CPU, backbone_config, equal_bits, tiny_llama
 
 I, O, R = 6, 5, 3  # noqa: E741
 
@@ -273,3 +276,155 @@ def test_tower_settings_override_rank_and_scale():
     assert ranks == [2, 4]
     assert [s.scaling for s in sites] == [4.0, 1.0]
     assert [s.tower for s in sites] == ["vision", "language"]
+
+
+# ---- adapters that share an input ----
+
+
+class Layer(nn.Module):
+    """Three linears of one input, as q, k and v, and one of their sum; a view for each, as hooks make."""
+
+    def __init__(self, *, dropout=0.0, form=AdapterLinear, **settings):
+        super().__init__()
+        for name in "qkv":
+            setattr(self, name, form(frozen(), scaling=2.0, dropout=dropout, **settings))
+        self.o = AdapterLinear(nn.Linear(O, I).requires_grad_(False), scaling=2.0)
+
+    def forward(self, x):
+        q, k, v = (getattr(self, name)(x.view_as(x)) for name in "qkv")
+        return self.o(torch.tanh(q) * torch.sigmoid(k) + v)
+
+
+def layer_of(ranks=(3, 2, 4), *, grouped=True, dropout=0.0):
+    """(layer, leaves): ranks of q, k and v; 0: no components."""
+    layer = Layer(dropout=dropout).train()
+    adapters = {f"layer.{name}": getattr(layer, name) for name in "qkvo"}
+    leaves = []
+    for seed, (module, rank) in enumerate(zip(adapters.values(), (*ranks, 2), strict=True)):
+        if rank:
+            inputs, outputs = module.in_features, module.out_features
+            views = {"lora_A": random(rank, inputs, seed=10 + seed), "lora_B": random(rank, outputs, seed=20 + seed)}
+            leaves += [rows.requires_grad_() for rows in views.values()]
+            module.bind(views, (rank,))
+    if grouped:
+        with torch.no_grad():
+            group_adapters(adapters, lambda: layer(random(2, 4, I)))
+    return layer, leaves
+
+
+def test_groups_are_found_by_their_inputs_not_by_names():
+    layer, _ = layer_of()
+    assert layer.q.group is layer.k.group is layer.v.group and layer.q.group.members == [layer.q, layer.k, layer.v]
+    assert layer.o.group is None
+
+
+def test_no_group_over_unlike_inputs_parents_or_modes():
+    layer, other = Layer(), Layer()
+
+    def run():
+        x = random(2, 4, I).requires_grad_()
+        layer.q(x), layer.k(x.clone()), layer.v(x.detach()), other.q(x), other.k(x)
+        x.data[0] = 0.0  # no new version: the caller's own mistake, as for every saved tensor
+        other.v(x)
+        other.q(x)  # a second time
+
+    named = {f"{path}.{name}": getattr(m, name) for path, m in (("a", layer), ("b", other)) for name in "qkvo"}
+    group_adapters(named, run)
+    assert [m.group is not None for m in named.values()] == [False] * 4 + [True] * 3 + [False]
+
+
+@pytest.mark.parametrize("ranks", [(3, 2, 4), (0, 2, 4), (3, 0, 0), (3, 2, 0)])
+@pytest.mark.parametrize("needs", [True, False])
+def test_a_group_computes_what_its_members_would(ranks, needs):
+    (layer, leaves), (alone, same) = layer_of(ranks), layer_of(ranks, grouped=False)
+    alone.o.weight = layer.o.weight
+    alone.o.bias = layer.o.bias
+    x = random(2, 4, I, seed=5).requires_grad_(needs)
+    factor = random(2, 4, I, seed=6)
+    out, wanted = layer(x), alone(x)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    inputs = [x] if needs else []
+    ours = torch.autograd.grad((out * factor).sum(), inputs + leaves)
+    theirs = torch.autograd.grad((wanted * factor).sum(), inputs + same)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert layer.q.group._input is None  # nothing is held
+
+
+def test_a_group_makes_one_product_of_the_shared_input(monkeypatch):
+    shapes = []
+    whole = products.down
+    monkeypatch.setattr(products, "down", lambda x, a: (shapes.append(tuple(a.shape)), whole(x, a))[1])
+    layer, _ = layer_of((3, 2, 4))
+    shapes.clear()
+    layer(random(2, 4, I))
+    assert shapes == [(9, I), (2, O)]
+
+
+def test_saved_for_backward_are_u_and_the_shared_input_once():
+    layer, leaves = layer_of()
+    kept = []
+    x = random(2, 4, I).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        [getattr(layer, name)(x) for name in "qkv"]
+    numbers = {id(m) for m in leaves}
+    own = [t for t in kept if id(t) not in numbers and not any(t is p for p in layer.parameters())]
+    assert sorted(tuple(t.shape) for t in own) == [(2, 4, I), (8, 2), (8, 3), (8, 4)]
+
+
+def test_another_input_is_never_taken_for_the_groups():
+    """A change in place, another tensor at the same address, and a member that does not come."""
+    layer, _ = layer_of()
+    lone, _ = layer_of(grouped=False)
+    x = random(2, 4, I)
+    with torch.no_grad():
+        layer.q(x)
+        x.mul_(2.0)
+        torch.testing.assert_close(layer.k(x), lone.k(x), rtol=1e-6, atol=1e-6)
+        layer.q(x)
+        other = random(2, 4, I, seed=9)
+        torch.testing.assert_close(layer.v(other), lone.v(other), rtol=1e-6, atol=1e-6)
+    layer.q(x)
+    assert layer.q.group._input is not None
+    layer.k.bind(None, (0,))  # a new step
+    assert layer.q.group._input is None
+
+
+def test_bits_do_not_hang_on_who_comes_first():
+    layer, _ = layer_of()
+    x = random(2, 4, I)
+    layer.q(x)
+    second = layer.v(x)
+    layer.k.group.forget()
+    assert equal_bits(second, layer.v(x))
+
+
+def test_dropout_draws_a_mask_for_each_module_of_a_group():
+    layer, _ = layer_of(dropout=0.5)
+    lone, _ = layer_of(dropout=0.5, grouped=False)
+    x = random(2, 4, I)
+    for module, other in ((layer.q, lone.q), (layer.k, lone.k)):
+        torch.manual_seed(3)
+        dropped = module(x)
+        torch.manual_seed(3)
+        assert equal_bits(dropped, other(x))
+    layer.q(x)
+    assert layer.q.group._input is None
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_llamas_groups_are_the_same_under_zero3(world, stage):
+    model = tiny_llama()
+    sites, ranks = find_sites(
+        model, target_modules="all-linear", exclude_modules=None, r=2, lora_alpha=4.0, tower_settings={}
+    )
+    adapters = attach(model, sites, dropout={})
+    engine = BackboneEngine(model, stage=stage, config=backbone_config(stage=stage), device=CPU)
+    layout = ArenaLayout(RankTable.start(sites, ranks), Lora().entries)
+    bind_arena(adapters, layout, torch.zeros(layout.size))
+    with torch.no_grad():
+        group_adapters(adapters, lambda: engine.module(input_ids=torch.ones(1, 4, dtype=torch.int64)))
+    found = [[m.rpartition(".")[2] for m, a in adapters.items() if a.group is g] for g in dict.fromkeys(
+        a.group for a in adapters.values() if a.group is not None)]  # fmt: skip
+    assert found == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * 2
+    engine.destroy()

@@ -21,6 +21,7 @@ from ardtrain.adapters import (
     dense_entries,
     drop_views,
     first_dense,
+    group_adapters,
 )
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import find_sites
@@ -295,10 +296,14 @@ def grain_loss(engine, model, adapters, layout, leaf, gates=None):
         gates = gates.clone().requires_grad_()
         leaves.append(gates)
     bind_arena(adapters, layout, leaf, gates)
+    batch = TokenBatches().collate((0, 0))
     model.train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        group_adapters(adapters, lambda: token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32))
+    assert sum(a.group is not None for a in adapters.values()) == 10  # q, k, v and gate, up of two layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        loss = token_loss_sum(model, TokenBatches().collate((0, 0)), device=CPU, mask_dtype=torch.float32)
+        loss = token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32)
         gradients = torch.autograd.grad(loss, leaves)
     if engine is not None:
         engine.release()
@@ -318,7 +323,7 @@ UNEVEN = [1 + (7 * i) % 4 for i in range(30)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["plain", *FORMS])
 def test_stages_and_checkpointing_give_the_same_bits(world, form, dropout):
     """ZeRO-3 in one process, with and without activation checkpointing, against the whole model."""
     ranks = UNEVEN if form == "own_a" else None

@@ -18,8 +18,10 @@ MAY_IMPORT_ONLY = {
     "schedule": {"schedule"},
     "arena": {"ranks"},
     "heads": {"ranks"},
-    "quantized": {"quantized"},
-    "adapters": {"ranks", "arena", "heads", "quantized"},
+    "tracing": set(),
+    "products": {"tracing"},
+    "quantized": {"quantized", "products"},
+    "adapters": {"ranks", "arena", "heads", "products", "quantized"},
     "methods": {"ranks", "schedule", "methods"},
     "resize": {"arena", "engines", "collectives", "ranks", "methods.base"},  # of the methods the protocol alone
     "environment": set(),
