@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume_from_checkpoint=auto)
-       ardtrain validate CONFIG [a.b=c ...]  check config, model shapes and data; loads no weights
+       ardtrain validate CONFIG [a.b=c ...]  check config, model shapes and data; loads no weights; with --verify it
+                                             reads them once: checksums, missing tensors, numbers not finite
        ardtrain fetch CONFIG [a.b=c ...]     base and tokenizer into the hub's cache, for nodes without internet
        ardtrain submit CONFIG --to slurm|pbs|hosts|mpi [--dry-run] [a.b=c ...]
                                              write the job script into the run folder and submit it
@@ -111,11 +112,12 @@ def _train(arguments: list[str]) -> int:
 def _validate(arguments: list[str]) -> int:
     from ardtrain.config.text import with_config
 
-    config, *overrides = with_config(arguments, os.environ)
+    verify = "--verify" in arguments
+    config, *overrides = with_config([a for a in arguments if a != "--verify"], os.environ)
     _name_the_accelerator()
     from ardtrain.run import validate
 
-    print(validate(config, overrides))
+    print(validate(config, overrides, verify=verify))
     return 0
 
 

@@ -143,6 +143,14 @@ class ReadingBar:
     def close(self) -> None:
         self._bar.close()
 
+    def __enter__(self) -> "ReadingBar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
 
 def _append_line(path: Path, record: Mapping[str, Any]) -> str | None:
     """One whole line; or, where the disk does not take it, the file as it was, and the reason."""

@@ -11,9 +11,19 @@ import torch
 from transformers import PreTrainedModel, initialization
 
 from ardtrain.backbones import DTYPES, ModelSource, auto_class, head_linears, load_config, load_model, set_padding
-from ardtrain.fingerprint import hub_weight_files
-from ardtrain.loading import NotMapped, Shards, TensorSource, Weights, map_parameters
+from ardtrain.fingerprint import INDEX, hub_weight_files
+from ardtrain.loading import (
+    NotMapped,
+    Shards,
+    TensorSource,
+    Weights,
+    check_finite,
+    map_parameters,
+    verify_files,
+)
 from ardtrain.loading.mapping import Mapped
+from ardtrain.loading.verifying import SUMS
+from ardtrain.observe import ReadingBar
 
 logger = logging.getLogger("ardtrain")
 
@@ -156,3 +166,26 @@ def _build_buffers(model: PreTrainedModel, sources: Mapping[str, TensorSource]) 
             values._is_hf_initialized = True  # type: ignore[attr-defined]
             owner._buffers[key] = values
     model.initialize_weights()
+
+
+def verify_base(
+    source: ModelSource, *, compute_dtype: str, num_labels: int | None = None, pad_token_id: int | None = None
+) -> str:
+    """Reads all weight files: checksums, every tensor that the model needs, finite numbers; returns a line on it.
+
+    Raises:
+        ValueError: something is wrong; the text names it.
+    """
+    paths = hub_weight_files(source.name_or_path, source.revision)
+    weights = [path for path in paths if path.name != INDEX]
+    total = sum(path.stat().st_size for path in weights)
+    with ReadingBar(2 * total, is_main=True) as bar:
+        unknown = verify_files(weights, progress=bar.add)
+        opened = open_model(source, compute_dtype=compute_dtype, num_labels=num_labels, pad_token_id=pad_token_id)
+        if opened.weights is not None:
+            check_finite(opened.weights.sources, progress=bar.add)
+            opened.weights.close()
+    finite = "numbers not looked at" if opened.weights is None else "all tensors there, all numbers finite"
+    right = f"checksums of {len(weights) - len(unknown)} right"
+    without = f", of {len(unknown)} unknown ({SUMS} beside them would tell)" if unknown else ""
+    return f"weights: {len(weights)} files, {total / 2**30:.2f} GiB: {right}{without}; {finite}"

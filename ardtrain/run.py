@@ -24,6 +24,7 @@ from ardtrain.environment import export as export_identity
 from ardtrain.faults import EXIT_PEER_FAILED, StopRequest, Watchdog, guard_streams, host_name, lost_peer, write_failure
 from ardtrain.full_run import FullRun
 from ardtrain.observe import ProcessLog, Startup, start_logging
+from ardtrain.opening import verify_base
 from ardtrain.preflight import prepare
 from ardtrain.session import Session, Surroundings, logger
 from ardtrain.trackers import check_trackers
@@ -52,14 +53,31 @@ def refuse_used_folder(config: RunConfig) -> None:
         )
 
 
-def validate(path: str | Path, overrides: Sequence[str]) -> str:
-    """`ardtrain validate CONFIG`: all checks, no weights; returns the summary. Raises ConfigError."""
+def validate(path: str | Path, overrides: Sequence[str], *, verify: bool = False) -> str:
+    """`ardtrain validate CONFIG`: all checks; returns the summary. Raises ConfigError.
+
+    verify: read the weights as well: checksums, all tensors there, all numbers finite.
+    """
     prepared = prepare(path, overrides, world_size=1)
     check_trackers(prepared.config)
     tokenizer = preflight.tokenizer_of(prepared.config)
     data, _ = preflight.open_data(prepared.config, tokenizer, prepared.shape.labels)
     preflight.open_allocation_data(prepared.config, tokenizer, prepared.shape.labels)
-    return preflight.summary(prepared.config, prepared.shape, data, prepared.notes)
+    text = preflight.summary(prepared.config, prepared.shape, data, prepared.notes)
+    if not verify:
+        return text
+    labels = prepared.shape.labels
+    pad_token_id = data.pad_token_id if labels else None
+    try:
+        told = verify_base(
+            preflight.model_source(prepared.config),
+            compute_dtype=prepared.plan.compute_dtype,
+            num_labels=len(labels) or None,
+            pad_token_id=pad_token_id,
+        )
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    return f"{text}\n{told}"
 
 
 def train(path: str | Path, overrides: Sequence[str]) -> int:

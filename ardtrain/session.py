@@ -26,8 +26,8 @@ from ardtrain.engines_filling import can_fill_slices
 from ardtrain.environment import ProcessIdentity, job_id
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, host_name, replace_file, write_status
-from ardtrain.fingerprint import fingerprint, hub_weight_files
-from ardtrain.loading import quantized
+from ardtrain.fingerprint import INDEX, fingerprint, hub_weight_files
+from ardtrain.loading import checked, known_checksum, quantized, verify_files
 from ardtrain.observe import ReadingBar, RunLog, Startup
 from ardtrain.opening import Opened, open_model
 from ardtrain.ops import extensions_folder, remove_stale_locks
@@ -128,8 +128,13 @@ class Session(ABC):
     def open_base(self, *, stage: int, config: Mapping[str, Any]) -> Opened:
         """The base without its weights, and where they are, for an engine of this ZeRO stage and config to fill.
 
-        Where they cannot be read directly it is `load_base`'s, whole.
+        Where they cannot be read directly it is `load_base`'s, whole. All processes must call this.
+
+        Raises:
+            ValueError: files are missing, damaged or lack tensors; or, with verify_weights, have other checksums.
         """
+        if self.config.verify_weights:
+            self._verify_files()
         if stage == 3 and not can_fill_slices(config):
             logger.warning("DeepSpeed quantises the slices of the base, so every process loads all of it")
             return Opened(self.load_base(), None)
@@ -139,7 +144,9 @@ class Session(ABC):
         packings = self._quantize(opened.model)
         if opened.weights is None or opened.shards is None:
             return opened
-        weights, shards, start = quantized(opened.weights, packings), opened.shards, time.monotonic()
+        shards, start = opened.shards, time.monotonic()
+        weights = checked(opened.weights) if self.config.verify_weights else opened.weights
+        weights = quantized(weights, packings)
         shares = self.world.world_size if stage == 3 else 1
         bar = ReadingBar(weights.nbytes(opened.model) // shares, is_main=self.world.is_main)
 
@@ -150,6 +157,18 @@ class Session(ABC):
             logger.info("base: read %.2f of %.2f GiB in %.1f s", gib, shards.nbytes / 2**30, seconds)
 
         return replace(opened, weights=replace(weights, progress=bar.add, close=close))
+
+    def _verify_files(self) -> None:
+        """Each process compares its share of the weight files to their checksums. All processes must call this."""
+        found = hub_weight_files(self.config.model_name_or_path, self.config.revision)
+        paths = [path for path in found if path.name != INDEX]
+        if self.world.is_main:
+            unknown = [path.name for path in paths if known_checksum(path) is None]
+            if unknown:
+                logger.warning("verify_weights: no checksum is known of %s", ", ".join(unknown))
+        world = self.world
+        verify_files(paths[world.global_rank :: world.world_size])
+        world.barrier("weight files verified")
 
     def _base_arguments(self) -> dict[str, Any]:
         labels = self.prepared.shape.labels

@@ -240,6 +240,8 @@ class RunConfig(Block):
     """Folder or hub name of the frozen base."""
     revision: str | None = None
     trust_remote_code: bool = False
+    verify_weights: bool = False
+    """Compare the base's files to their checksums before the start, and refuse numbers that are not finite."""
     attn_implementation: str | None = None
     """None: transformers chooses."""
     tokenizer_name_or_path: str | None = None

@@ -8,7 +8,6 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
 from torch import Tensor, nn
 
 from ardtrain.loading.sources import TensorSource
@@ -26,7 +25,6 @@ class Weights:
 
     sources: dict[str, TensorSource]
     threads: int = 4
-    check_finite: bool = False
     progress: Callable[[int], None] = lambda count: None
     close: Callable[[], None] = lambda: None
 
@@ -55,10 +53,6 @@ class Filler:
 
     def _read(self, name: str, source: TensorSource, begin: int, target: Tensor) -> None:
         values = source.read(begin, target.numel())
-        if self._weights.check_finite and values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
-            raise ValueError(
-                f"{name} holds a number that is not finite; get the model anew (verify_weights=false loads it as it is)"
-            )
         target.copy_(values)
         self._weights.progress(values.nbytes)
 

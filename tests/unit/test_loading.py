@@ -12,7 +12,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from ardtrain.adapters import DoraLinear, attach
 from ardtrain.backbones import ModelSource, find_sites, init_head, load_model
 from ardtrain.engines import BackboneEngine
-from ardtrain.loading import Filler, Shards, Weights, mapping
+from ardtrain.loading import Filler, Shards, Weights, checked, mapping
 from ardtrain.loading.sources import Converted, Given, Pieces, Run, Unread
 from ardtrain.opening import open_model
 from tests.tiny import CPU, backbone_config, equal_bits, tiny_llama
@@ -327,7 +327,7 @@ def test_numbers_that_are_not_finite_are_refused_on_demand():
     with Filler(Weights({"w": Given(bad)})) as filler:
         filler.add("w", 0, target)
     assert equal_bits(target, bad)
-    weights = Weights({"w": Given(bad)}, check_finite=True)
+    weights = checked(Weights({"w": Given(bad)}))
     with Filler(weights) as filler:
         filler.add("w", 0, target[:70])
     with pytest.raises(ValueError, match="w holds a number that is not finite"), Filler(weights) as filler:
