@@ -23,6 +23,7 @@ from torch import Tensor, nn
 # Names in transformers' configs: a factor of the logits (Granite divides by it, others multiply), and a soft cap.
 FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+COMPUTES_WITH = "computes_with"  # attribute of an output embedding: a module outside the model whose views it uses
 PROBE_TOKENS = 4
 PROBE_LARGEST = 100.0  # of the probe's logits: a soft cap is far from the identity there
 # float16 holds the gradient of a loss by the logits, about 1 / V, only when it is scaled up.
@@ -121,7 +122,7 @@ class LogitHead:
 
 def trained_tensors(head: nn.Module) -> list[Tensor]:
     """The arena's views that the output embedding computes with (`views` of our own modules), if any."""
-    held = [getattr(m, "views", None) for m in head.modules()]
+    held = [getattr(m, "views", None) for m in (*head.modules(), vars(head).get(COMPUTES_WITH))]
     return [view for views in held if isinstance(views, Mapping) for view in views.values() if view.requires_grad]
 
 

@@ -1,8 +1,8 @@
 """Rows of the input embedding that are trained (`trainable_tokens`): dense entries of the arena beside a frozen table.
 
-Forward hooks put the trained rows in the place of the frozen ones: behind the embedding for the tokens that occur, and
-behind an output embedding that shares its table for the tokens' logits. The table stays the base's, sharded and under
-its own name; ZeRO-3 sees no further parameter.
+A forward hook behind the embedding puts the trained rows in the place of the frozen ones for the tokens that occur; the
+forward of an output embedding that shares its table does so for the tokens' logits. The table stays the base's, sharded
+and under its own name; ZeRO-3 sees no further parameter.
 
 Letters: B batch, T tokens, D numbers of a row, V rows of the table, n trained rows.
 """
@@ -10,7 +10,8 @@ Letters: B batch, T tokens, D numbers of a row, V rows of the table, n trained r
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ardtrain.adapters import DenseModule
+from ardtrain.logits import COMPUTES_WITH
 from ardtrain.ranks import Dense
 
 PART = "token_rows"
@@ -26,7 +28,7 @@ BYTES_A_NUMBER = 16  # trained: float32 master, two moments, gradient
 
 
 class TokenRows(DenseModule):
-    """The trained rows [n, D], bound to a model's embeddings by forward hooks; no part of the model itself.
+    """The trained rows [n, D], bound to a model's embeddings; no part of the model itself.
 
     Make it behind the backbone's engine: ZeRO-3's hooks then see the frozen lookup alone, which needs no gradient, and
     do not gather the table again in backward.
@@ -41,8 +43,9 @@ class TokenRows(DenseModule):
             self.first = {PART: first}
         model.get_input_embeddings().register_forward_hook(self._embed, with_kwargs=True)
         output = tied_output(model)
-        if output is not None:
-            output.register_forward_hook(self._project)
+        if output is not None:  # its forward, not a hook: logits.py calls that for chunks of positions
+            output.forward = partial(self._project, output.forward)
+            vars(output)[COMPUTES_WITH] = self
 
     def _rows(self, device: torch.device) -> Tensor | None:
         if self.ids.device != device:
@@ -62,12 +65,12 @@ class TokenRows(DenseModule):
             values = values * (scale.to(out.dtype) if torch.is_tensor(scale) else scale)
         return torch.where((self.ids[places] == tokens).unsqueeze(-1), values, out)
 
-    def _project(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-        """[..., V] logits, the trained tokens' by their trained rows."""
-        rows = self._rows(out.device)
+    def _project(self, frozen: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """[..., V] logits of [..., D], the trained tokens' by their trained rows."""
+        out, rows = frozen(x), self._rows(x.device)
         if rows is None:
-            return None
-        own = torch.matmul(args[0], rows.to(args[0].dtype).t())
+            return out
+        own = torch.matmul(x, rows.to(x.dtype).t())
         return out.index_copy(-1, self.ids, own.to(out.dtype))
 
 

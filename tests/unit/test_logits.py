@@ -25,6 +25,7 @@ from ardtrain.evaluation import held_out_loss, token_loss_sum
 from ardtrain.logits import Form, LogitHead, cross_entropy_, find_logit_head
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
+from ardtrain.token_rows import PART, TokenRows
 from benchmarks.common import LiveBytes
 from tests.tiny import CPU, HeldOutBatches, TokenBatches, backbone_config, equal_bits, single_world, tiny_llama
 
@@ -171,31 +172,24 @@ def test_held_out_loss_equals_that_of_whole_logits():
     assert ours.loss == pytest.approx(whole.loss, rel=1e-6) and ours.num_tokens == whole.num_tokens
 
 
-class TrainedRows(nn.Module):
-    """An output embedding some rows of which are a view of trained numbers; it wraps the model's own."""
-
-    def __init__(self, inner, rows, values):
-        super().__init__()
-        self.inner, self.rows, self.views = inner, rows, {"weight": values}
-
-    def forward(self, x):
-        return self.inner(x).index_copy(-1, self.rows, x @ self.views["weight"].to(x.dtype).t())
-
-
-def test_trained_rows_of_the_output_embedding_get_their_gradient():
-    model = family("gemma2")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_trained_rows_of_a_tied_output_embedding_get_their_gradient(world, stage):
+    model = tiny_llama(tied=True)
     leaf = with_adapters(model)
-    rows = torch.tensor([5, 17, 90])
-    flat = model.lm_head.weight[rows].clone().view(-1).requires_grad_()
-    model.lm_head = TrainedRows(model.lm_head, rows, flat.view(3, -1))
-    head, batch = found(model), TokenBatches(rows=3).collate((0, 0))
-    slopes = []
+    ids = [5, 17, 90]
+    rows = model.get_input_embeddings().weight[ids].clone().requires_grad_()
+    engine = BackboneEngine(model, stage=stage, config=backbone_config(stage=stage), device=CPU)
+    trained = TokenRows(model, ids, rows.detach())
+    trained.views = {PART: rows}
+    head, batch, slopes = found(model), TokenBatches(rows=3).collate((0, 0)), []
     for chosen in (None, head):
         loss = token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32, logit_head=chosen)
-        slopes.append(torch.autograd.grad(3.0 * loss, [leaf, flat], retain_graph=True))
+        slopes.append(torch.autograd.grad(3.0 * loss, [leaf, rows]))
+        engine.release()
     for wanted, gradient in zip(*slopes, strict=True):
         assert float(wanted.abs().max()) > 0.1
         assert float((gradient - wanted).norm()) <= 1e-6 * float(wanted.norm())
+    engine.destroy()
 
 
 class Shifted(LlamaForCausalLM):
