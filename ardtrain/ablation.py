@@ -41,6 +41,7 @@ from ardtrain.collectives import World, deal
 from ardtrain.data import Batch
 from ardtrain.evaluation import Grains, model_inputs
 from ardtrain.logits import LogitHead
+from ardtrain.packing import packed_arguments
 
 WITHOUT, ONLY = 0, 1  # the two sides of CS: one component off in M, one component on in M_none
 
@@ -255,28 +256,28 @@ def find_stack(model: nn.Module, modules: Sequence[str]) -> DecoderStack | None:
 class _Grain:
     """A grain's tensors on the device, and where its targets are."""
 
-    def __init__(self, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> None:
+    def __init__(self, batch: Batch, *, device: torch.device) -> None:
         self.rows, self.num_places = batch.input_ids.shape[0], batch.input_ids.numel()
         self.options: dict[str, Any] = {}
         self.places: Tensor | None = None  # [n] positions among B * T whose next token is a target; None for classes
-        given = model_inputs(batch, device=device, mask_dtype=mask_dtype)
+        self.inputs = model_inputs(batch, device=device)  # each [B, ...]
+        self.packed = batch.attention_mask is None
         if batch.class_labels is not None:
-            del given["position_ids"]  # as evaluation.class_logits
+            del self.inputs["position_ids"]  # as evaluation.class_logits
             targets = batch.class_labels
             if batch.token_type_ids is not None:
-                given["token_type_ids"] = batch.token_type_ids
+                self.inputs["token_type_ids"] = batch.token_type_ids.to(device)
         else:
             self.options["use_cache"] = False
             places, targets = batch.targets()
             self.places = places.to(device)
-        # Each [B, ...]; a mask of None is left out.
-        self.inputs = {name: values.to(device) for name, values in given.items() if values is not None}
         self.targets = targets.to(device)  # [n]
         self.num_targets = len(targets)
 
-    def arguments(self, copies: int) -> dict[str, Any]:
+    def arguments(self, module: nn.Module, copies: int) -> dict[str, Any]:
         """The model's inputs, [C * B, ...], copy after copy."""
-        return {name: _repeated(values, copies) for name, values in self.inputs.items()} | self.options
+        out: dict[str, Any] = {name: _repeated(values, copies) for name, values in self.inputs.items()}
+        return out | self.options | (packed_arguments(module, out["position_ids"]) if self.packed else {})
 
     def places_of(self, copies: int) -> Tensor:
         """[C * n] positions among C * B * T of the targets, copy after copy."""
@@ -307,7 +308,6 @@ class AblationScorer:
     Args:
         module: the backbone (its linears are AdapterLinears), called as in training, in eval mode, without gradient.
         data: the validation batch, cut into grains; always the same.
-        mask_dtype: dtype of the queries (evaluation.token_loss_sum).
         release: frees what ZeRO-3 left gathered (BackboneEngine.release).
         ablations_per_forward: C, at most; memory of a forward is C times a grain's.
         shortlist: None: all components exactly. Else a fraction: two backward passes estimate all scores to first
@@ -329,7 +329,6 @@ class AblationScorer:
         data: Grains,
         *,
         world: World,
-        mask_dtype: torch.dtype,
         release: Callable[[], None],
         ablations_per_forward: int = 8,
         shortlist: float | None = None,
@@ -343,7 +342,7 @@ class AblationScorer:
         if shortlist is not None and not 0.0 < shortlist <= 1.0:
             raise ValueError(f"shortlist={shortlist} must be a fraction above 0, at most 1; leave it out to score all")
         self.module, self.adapters, self.data = module, adapters, data
-        self.world, self.mask_dtype, self.release, self.between = world, mask_dtype, release, between
+        self.world, self.release, self.between = world, release, between
         self.ablations_per_forward, self.shortlist, self.logit_head = ablations_per_forward, shortlist, logit_head
         self.stack = find_stack(module, list(adapters)) if prefix_cache else None
         get_head = getattr(module, "get_output_embeddings", None)
@@ -357,7 +356,7 @@ class AblationScorer:
     @cached_property
     def _grains(self) -> list[_Grain]:
         batches = [self.data.collate(grain) for grain in self.data.grains()]
-        return [_Grain(b, device=self.world.device, mask_dtype=self.mask_dtype) for b in batches]
+        return [_Grain(b, device=self.world.device) for b in batches]
 
     def scores(self, layout: ArenaLayout, weights: Tensor) -> AblationScores:
         """The scores of all components. All processes must call this.
@@ -437,7 +436,7 @@ class AblationScorer:
                 for name, adapter in self.adapters.items():
                     hook = partial(_keep_shape, calls[name])
                     stack.callback(adapter.register_forward_pre_hook(hook).remove)
-                self.module(**grain.arguments(1))
+                self.module(**grain.arguments(self.module, 1))
             self._row_by_row = {
                 name
                 for name, shapes in calls.items()
@@ -505,7 +504,7 @@ class AblationScorer:
                     stack.callback(self.adapters[name].register_forward_hook(hook).remove)
             stack.enter_context(self._head_skipped())
             seen = stack.enter_context(self.stack.part(layer, layer + 1, entering))
-            self.module(**self._grains[grain].arguments(1))
+            self.module(**self._grains[grain].arguments(self.module, 1))
         outputs = dict(calls)
         if len(outputs) < len(calls):  # a linear that runs twice in a layer: nothing is replayed
             outputs = {}
@@ -525,7 +524,7 @@ class AblationScorer:
                 stack.enter_context(self._replayed(lane.outputs, touched, copies))
             targets = grain.targets.repeat(copies)
             if self.logit_head is not None and grain.places is not None:
-                arguments = grain.arguments(copies)
+                arguments = grain.arguments(self.module, copies)
                 losses = self.logit_head.losses(self.module, arguments, grain.places_of(copies), targets)
             else:
                 losses = F.cross_entropy(self._logits(grain, copies).float(), targets, reduction="none")
@@ -534,12 +533,12 @@ class AblationScorer:
     def _logits(self, grain: _Grain, copies: int) -> Tensor:
         """[C * n, V] at the target positions, or each row's logits of classes; copy after copy."""
         if grain.places is None or not self._selects:
-            logits: Tensor = self.module(**grain.arguments(copies)).logits
+            logits: Tensor = self.module(**grain.arguments(self.module, copies)).logits
             return logits if grain.places is None else grain.at_targets(logits, copies)
         assert self._head is not None
         handle = self._head.register_forward_pre_hook(lambda _, args: (grain.at_targets(args[0], copies), *args[1:]))
         try:
-            out: Tensor = self.module(**grain.arguments(copies)).logits
+            out: Tensor = self.module(**grain.arguments(self.module, copies)).logits
         finally:
             handle.remove()
         return out
@@ -633,7 +632,9 @@ class AblationScorer:
                 gates = torch.full((total,), 1.0 - side, device=self.world.device, requires_grad=True)
                 bind_arena(self.adapters, self._layout, self._weights, gates)
                 if self.logit_head is not None and grain.places is not None:
-                    loss = self.logit_head.loss_sum(self.module, grain.arguments(1), grain.places, grain.targets)
+                    loss = self.logit_head.loss_sum(
+                        self.module, grain.arguments(self.module, 1), grain.places, grain.targets
+                    )
                 else:
                     loss = F.cross_entropy(self._logits(grain, 1).float(), grain.targets, reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, gates)

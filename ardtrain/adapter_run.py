@@ -168,6 +168,7 @@ class AdapterRun(Session):
             self.arena.build(self.resumed.snapshot, self.resumed.layout)
         parts = (self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data)
         trainer = Trainer(self.loop_settings(), self.world, *parts, self.allocation_data, state=self.state)
+        self.check_packing(self.backbone.module)
         self.logit_head = self._find_logit_head()
         trainer.loss_sum = partial(loss_sum, logit_head=self.logit_head)
         if self.method.needs.ablation:
@@ -196,7 +197,6 @@ class AdapterRun(Session):
             self.adapters,
             self.allocation_data,
             world=self.world,
-            mask_dtype=DTYPES[self.prepared.plan.compute_dtype],
             release=self.backbone.release,
             ablations_per_forward=block.ablations_per_forward,
             shortlist=block.shortlist,

@@ -55,7 +55,6 @@ __all__ = [
     "RowRef",
     "Samples",
     "TrainData",
-    "additive_mask",
     "build_batch",
     "find_labels",
     "tokenizer_fingerprint",
@@ -84,9 +83,8 @@ class Batch:
 
     input_ids: [B, T] int64.
     labels: [B, T] int64, not shifted; -100 on prompts, on padding and on every document's first token.
-    position_ids: [B, T] int64, from 0 in each document; 0 on padding.
-    attention_mask: [B, T] bool, True on tokens; None when packed.
-    block_mask: [B, 1, T, T] bool, True where query (third dim) may see key (fourth); None when not packed.
+    position_ids: [B, T] int64, from 0 in each document; on padding 0, in packed rows from 0 as if it were a document.
+    attention_mask: [B, T] bool, True on tokens; None when packed: position_ids tell documents apart (packing.py).
     num_target_tokens: terms of the summed loss: target tokens, in classification rows.
     num_tokens: tokens without padding.
     class_labels: [B] int64 class numbers; None outside classification.
@@ -99,7 +97,6 @@ class Batch:
     labels: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    block_mask: Tensor | None
     num_target_tokens: int
     num_tokens: int
     class_labels: Tensor | None = None
@@ -111,17 +108,6 @@ class Batch:
         following = F.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)  # what each position predicts
         places = torch.nonzero(following != IGNORE_INDEX).view(-1)
         return places, following[places]
-
-
-def additive_mask(block_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, T] `dtype`: 0 where `block_mask` is True, else the dtype's lowest number.  Pass it as `attention_mask`.
-
-    transformers hands a 4-D mask to the attention unchanged.  `eager` adds it to the scores, so it must be this
-    additive form (a bool mask would add 1); `sdpa` takes it as it is, in the dtype of the queries, and then may not
-    use is_causal. The flash kernels take no 4-D mask at all. Layers with a sliding window get no window from it.
-    """
-    mask = torch.zeros(block_mask.shape, dtype=dtype, device=block_mask.device)
-    return mask.masked_fill_(~block_mask, torch.finfo(dtype).min)
 
 
 # ---- the cache ----
@@ -301,8 +287,6 @@ def build_batch(
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     is_token = np.zeros(shape, dtype=np.bool_)
-    block_mask = np.zeros((len(rows), 1, width, width), dtype=np.bool_) if packed else None
-    causal = np.tri(width if packed else 0, dtype=np.bool_)
     for b, row in enumerate(rows):
         end = 0
         for ids, loss_mask in row:
@@ -312,10 +296,8 @@ def build_batch(
                 labels[b, start + 1 : end] = np.where(loss_mask[1:], ids[1:], IGNORE_INDEX)
             position_ids[b, start:end] = np.arange(len(ids))
             is_token[b, start:end] = True
-            if block_mask is not None:
-                block_mask[b, 0, start:end, start:end] = causal[: len(ids), : len(ids)]
-        if block_mask is not None:  # padding sees itself, so that no query is without a key
-            block_mask[b, 0, end:, end:] = causal[: width - end, : width - end]
+        if packed:
+            position_ids[b, end:] = np.arange(width - end)
     types = None if token_type_ids is None else np.zeros(shape, dtype=np.int64)
     if types is not None:
         for b, row_types in enumerate(token_type_ids or ()):
@@ -325,7 +307,6 @@ def build_batch(
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         attention_mask=None if packed else torch.from_numpy(is_token),
-        block_mask=None if block_mask is None else torch.from_numpy(block_mask),
         num_target_tokens=int((labels[:, 1:] != IGNORE_INDEX).sum()) if class_labels is None else len(rows),
         num_tokens=int(is_token.sum()),
         class_labels=None if class_labels is None else torch.tensor(class_labels, dtype=torch.int64),

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ardtrain.collectives import ExactSum, World, deal
-from ardtrain.data import Batch, additive_mask
+from ardtrain.data import Batch
 from ardtrain.logits import LogitHead
+from ardtrain.packing import packed_arguments
 
 
 class Grains(Protocol):
@@ -72,23 +73,12 @@ def image_inputs(batch: Batch, *, device: torch.device) -> dict[str, Tensor]:
     return {"pixel_values": batch.pixel_values.to(device), "token_type_ids": batch.token_type_ids.to(device)}
 
 
-def model_inputs(batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """What a language model's forward takes, each [B, ...] on the device or None.
-
-    Args:
-        mask_dtype: dtype of the queries; a packed grain's block mask becomes an additive mask of it.
-    """
-    if batch.block_mask is None:
-        mask = batch.attention_mask
-        mask = None if mask is None else mask.to(device, torch.int64)
-    else:
-        mask = additive_mask(batch.block_mask.to(device), mask_dtype)
-    return {
-        "input_ids": batch.input_ids.to(device),
-        "attention_mask": mask,
-        "position_ids": batch.position_ids.to(device),
-        **image_inputs(batch, device=device),
-    }
+def model_inputs(batch: Batch, *, device: torch.device) -> dict[str, Tensor]:
+    """What a language model's forward takes, each [B, ...] on the device."""
+    inputs = {"input_ids": batch.input_ids.to(device), "position_ids": batch.position_ids.to(device)}
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask.to(device, torch.int64)
+    return inputs | image_inputs(batch, device=device)
 
 
 def token_loss_sum(
@@ -96,16 +86,16 @@ def token_loss_sum(
     batch: Batch,
     *,
     device: torch.device,
-    mask_dtype: torch.dtype,
     logit_head: LogitHead | None = None,
 ) -> Tensor:
     """Scalar float32: sum of the cross-entropy over the grain's target tokens.
 
     Args:
-        mask_dtype: see model_inputs.
         logit_head: computes the logits at the targets alone, chunk by chunk; None: those of all tokens at once.
     """
-    arguments = {**model_inputs(batch, device=device, mask_dtype=mask_dtype), "use_cache": False}
+    arguments: dict[str, Any] = {**model_inputs(batch, device=device), "use_cache": False}
+    if batch.attention_mask is None:
+        arguments |= packed_arguments(module, arguments["position_ids"])
     if logit_head is not None:
         places, targets = batch.targets()
         return logit_head.loss_sum(module, arguments, places.to(device), targets.to(device))
@@ -122,7 +112,7 @@ def token_loss_sum(
 class LossSum(Protocol):
     """A grain's summed loss, as `loss_sum`."""
 
-    def __call__(self, module: nn.Module, batch: Batch, *, device: torch.device, mask_dtype: torch.dtype) -> Tensor: ...
+    def __call__(self, module: nn.Module, batch: Batch, *, device: torch.device) -> Tensor: ...
 
 
 def loss_sum(
@@ -130,16 +120,15 @@ def loss_sum(
     batch: Batch,
     *,
     device: torch.device,
-    mask_dtype: torch.dtype,
     logit_head: LogitHead | None = None,
 ) -> Tensor:
     """Scalar float32: the grain's summed cross-entropy, over rows where they have classes, else over target tokens.
 
     Args:
-        mask_dtype, logit_head: see token_loss_sum.
+        logit_head: see token_loss_sum.
     """
     if batch.class_labels is None:
-        return token_loss_sum(module, batch, device=device, mask_dtype=mask_dtype, logit_head=logit_head)
+        return token_loss_sum(module, batch, device=device, logit_head=logit_head)
     return F.cross_entropy(class_logits(module, batch, device=device), batch.class_labels.to(device), reduction="sum")
 
 
@@ -166,7 +155,6 @@ def held_out_loss(
     data: Grains,
     *,
     world: World,
-    mask_dtype: torch.dtype,
     loss_sum: LossSum = loss_sum,
     between: Callable[[], None] = lambda: None,
 ) -> HeldOut:
@@ -190,7 +178,7 @@ def held_out_loss(
             classes = batch.class_labels
             # Not of a language model: its logits are large, and would be kept longer than they are needed.
             with _record_logits(module, wanted=classes is not None) as logits:
-                loss = loss_sum(module, batch, device=world.device, mask_dtype=mask_dtype)
+                loss = loss_sum(module, batch, device=world.device)
             if counted:
                 total.add(index, loss=loss, gradient=nothing, tokens=batch.num_target_tokens)
             if classes is not None:

@@ -123,7 +123,7 @@ class FullTrainer(Trainer):
     def _loss(self, total: ExactSum, index: int, batch: Batch, *, counted: bool) -> Tensor:
         """Loss sum of one grain, put into the step's sum if it counts."""
         device = self.world.device
-        loss = self.loss_sum(self.backbone.trained, batch, device=device, mask_dtype=self.settings.compute_dtype)
+        loss = self.loss_sum(self.backbone.trained, batch, device=device)
         if counted:
             nothing = torch.zeros(0, device=device)
             counts = {"tokens": batch.num_target_tokens, "processed": batch.num_tokens}
@@ -152,7 +152,6 @@ class FullTrainer(Trainer):
                 self.backbone.module,
                 self.eval_data,
                 world=self.world,
-                mask_dtype=self.settings.compute_dtype,
                 loss_sum=self.loss_sum,
                 between=self.between,
             )

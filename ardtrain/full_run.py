@@ -47,6 +47,7 @@ class FullRun(Session):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model
         self.engine = FullEngine(model, config=plan.full, adam=self.adam(), device=world.device)
+        self.check_packing(self.engine.module)
         self.startup.mark("base")
         if loaded is not None:
             self.engine.load(loaded.path, ENGINE_FOLDER)

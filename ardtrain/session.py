@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ardtrain import __version__, checkpoint, preflight
 from ardtrain.backbones import DTYPES, init_head, load_model, quantize_base
 from ardtrain.collectives import World
-from ardtrain.config import RunConfig, dump_config, num_warmup_steps
+from ardtrain.config import ConfigError, RunConfig, dump_config, num_warmup_steps
 from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE
 from ardtrain.engines import AdamSettings, start_deepspeed
 from ardtrain.engines_filling import can_fill_slices
@@ -31,6 +32,7 @@ from ardtrain.loading import checked, known_checksum, quantized, verify_files
 from ardtrain.observe import ReadingBar, RunLog, Startup
 from ardtrain.opening import Opened, open_model
 from ardtrain.ops import extensions_folder, remove_stale_locks
+from ardtrain.packing import check_packing
 from ardtrain.preflight import Prepared
 from ardtrain.quantized import Packing
 from ardtrain.records import Records
@@ -178,6 +180,18 @@ class Session(ABC):
             "label_names": labels or None,
             "pad_token_id": self.data.pad_token_id if labels else None,
         }
+
+    def check_packing(self, module: nn.Module) -> None:
+        """Refuses packed rows of which the model makes one document. All processes must call this.
+
+        Raises:
+            ConfigError: see packing.check_packing.
+        """
+        if self.config.packing:
+            try:
+                check_packing(module, device=self.world.device)
+            except ValueError as error:
+                raise ConfigError([str(error)]) from error
 
     def loop_settings(self) -> LoopSettings:
         """What the loop takes from the config."""

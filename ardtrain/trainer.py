@@ -400,18 +400,16 @@ class Trainer:
             return
         self.grouped = True
         bind_arena(self.adapters, self.arena.layout, self.arena.engine.weights)
-        batch, dtype, device = self.data.collate(self.data.grains(0)[0]), self.settings.compute_dtype, self.world.device
+        batch, device = self.data.collate(self.data.grains(0)[0]), self.world.device
         with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-            group_adapters(
-                self.adapters, lambda: self.loss_sum(self.backbone.module, batch, device=device, mask_dtype=dtype)
-            )
+            group_adapters(self.adapters, lambda: self.loss_sum(self.backbone.module, batch, device=device))
 
     def _grain(self, step: int, index: int, batch: Batch, leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss sum of one grain and its gradient by each leaf; dropout is seeded by (run seed, step, grain)."""
         device = self.world.device
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(named_seed(self.settings.seed, step, index))
-            loss = self.loss_sum(self.backbone.module, batch, device=device, mask_dtype=self.settings.compute_dtype)
+            loss = self.loss_sum(self.backbone.module, batch, device=device)
             gradients = torch.autograd.grad(loss * self.state.loss_scale, leaves, retain_graph=False)
         self.backbone.release()
         return loss.detach(), list(gradients)
@@ -516,7 +514,6 @@ class Trainer:
                     self.backbone.module,
                     self.eval_data,
                     world=self.world,
-                    mask_dtype=self.settings.compute_dtype,
                     loss_sum=self.loss_sum,
                     between=self.between,
                 )

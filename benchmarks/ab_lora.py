@@ -95,11 +95,11 @@ class Case:
         self.weights = leaf.detach()
 
     def loss_sum(self, batch):
-        return token_loss_sum(self.model, batch, device=self.world.device, mask_dtype=torch.float32)
+        return token_loss_sum(self.model, batch, device=self.world.device)
 
     def scorer(self, **settings):
         return AblationScorer(
-            self.model, self.adapters, self.data, world=self.world, mask_dtype=torch.float32, release=lambda: None,
+            self.model, self.adapters, self.data, world=self.world, release=lambda: None,
             **settings,
         )  # fmt: skip
 

@@ -90,7 +90,7 @@ def main():
 
 def step(model, leaf, batch, head):
     """(loss, gradient) of the grain."""
-    loss = token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32, logit_head=head)
+    loss = token_loss_sum(model, batch, device=CPU, logit_head=head)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient
 

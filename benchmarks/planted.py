@@ -144,7 +144,7 @@ class Problem:
             self.base(), self.sites, self.planted, nats=self.settings.nats, input_ids=ids, generator=generator
         )[0]
 
-    def divergence(self, module, batch, *, device, mask_dtype):
+    def divergence(self, module, batch, *, device):
         """A LossSum: KL(teacher || student) summed over the grain's positions."""
         ids = batch.input_ids.to(device)
         logits = module(input_ids=ids, position_ids=batch.position_ids.to(device), use_cache=False).logits
@@ -341,7 +341,7 @@ def build(problem, name, rate, world):
         trainer.allocation_data = TeachersTokens(problem, problem.rows("allocation", num_grains=2, rows=32))
     if method.needs.ablation:
         trainer.ablation = AblationScorer(
-            model, adapters, trainer.allocation_data, world=world, mask_dtype=torch.float32, release=engine.release,
+            model, adapters, trainer.allocation_data, world=world, release=engine.release,
         )  # fmt: skip
     return trainer
 
@@ -388,7 +388,7 @@ def base_divergence(problem):
     """Held-out KL(teacher || base), nats a position."""
     data, base = problem.rows("held out", num_grains=4, rows=32), problem.base()
     batches = [data.collate(grain) for grain in data.grains()]
-    sums = [problem.divergence(base, b, device=torch.device("cpu"), mask_dtype=torch.float32) for b in batches]
+    sums = [problem.divergence(base, b, device=torch.device("cpu")) for b in batches]
     return float(sum(sums)) / sum(b.num_target_tokens for b in batches)
 
 

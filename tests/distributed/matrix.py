@@ -115,7 +115,6 @@ def build(case, world):
             trainer.adapters,
             trainer.allocation_data,
             world=world,
-            mask_dtype=dtype,
             release=trainer.backbone.release,
             logit_head=head,
             between=trainer.between,

@@ -152,9 +152,7 @@ def test_scores_against_numpy(seed):
         for ids, labels, mask in zip(batch.input_ids, batch.labels, batch.attention_mask, strict=True):
             rows.append((ids[mask].numpy(), labels[mask].numpy()))
     importance, cs, cs0, s_full = NumpyScores(reference, table, lora, rows).all()
-    scorer = AblationScorer(
-        model, adapters, data, world=World(0, 1, CPU), mask_dtype=torch.float32, release=lambda: None
-    )
+    scorer = AblationScorer(model, adapters, data, world=World(0, 1, CPU), release=lambda: None)
     got = scorer.scores(layout, weights)
     assert np.ptp(cs) > 1e-2
     np.testing.assert_allclose(got.cs.numpy(), cs, rtol=0, atol=TOLERANCE)

@@ -67,9 +67,7 @@ def toy_scores(contributions, *, second=torch.zeros_like, offset=0.0, data=None,
     rows = layout.site_rows(weights, 0)
     for i, c in enumerate(contributions):
         rows["lora_A"][i, i], rows["lora_B"][i, i] = c, 1.0
-    scorer = AblationScorer(
-        model, adapters, data or OneToken(), world=ALONE, mask_dtype=torch.float32, release=lambda: None, **settings
-    )
+    scorer = AblationScorer(model, adapters, data or OneToken(), world=ALONE, release=lambda: None, **settings)
     return scorer.scores(layout, weights)
 
 
@@ -138,7 +136,7 @@ class Setup:
 
     def scorer(self, *, world=ALONE, data=None, **settings):
         return AblationScorer(
-            self.model, self.adapters, data or self.data, world=world, mask_dtype=torch.float32,
+            self.model, self.adapters, data or self.data, world=world,
             release=lambda: None, **settings,
         )  # fmt: skip
 
@@ -151,7 +149,7 @@ class Setup:
         with torch.no_grad():
             bind_arena(self.adapters, self.layout, self.weights, gates)
             batches = [self.data.collate(g) for g in self.data.grains()]
-            sums = [loss_sum(self.model, b, device=CPU, mask_dtype=torch.float32) for b in batches]
+            sums = [loss_sum(self.model, b, device=CPU) for b in batches]
             drop_views(self.adapters)
         return math.fsum(map(float, sums)) / sum(b.num_target_tokens for b in batches)
 
@@ -214,9 +212,9 @@ def test_packed_rows_equal_the_naive_loop():
 def test_losses_are_the_evaluation_s(setup):
     got = setup.scores()
     bind_arena(setup.adapters, setup.layout, setup.weights)
-    full = held_out_loss(setup.model, setup.data, world=ALONE, mask_dtype=torch.float32)
+    full = held_out_loss(setup.model, setup.data, world=ALONE)
     drop_views(setup.adapters)
-    bare = held_out_loss(setup.model, setup.data, world=ALONE, mask_dtype=torch.float32)
+    bare = held_out_loss(setup.model, setup.data, world=ALONE)
     assert got.full_loss == pytest.approx(full.loss, abs=TOLERANCE)
     assert got.bare_loss == pytest.approx(bare.loss, abs=TOLERANCE)
     assert got.cs0 == got.full_loss - got.bare_loss and got.full_loss != got.bare_loss
@@ -255,7 +253,7 @@ def test_gated_off_equals_physically_removed(setup):
     with torch.no_grad():
         bind_arena(setup.adapters, small, weights)
         setup.model.eval()
-        removed = held_out_loss(setup.model, setup.data, world=ALONE, mask_dtype=torch.float32).loss
+        removed = held_out_loss(setup.model, setup.data, world=ALONE).loss
         drop_views(setup.adapters)
     assert gated == pytest.approx(removed, abs=TOLERANCE)
     assert abs(gated - setup.loss(torch.ones(setup.table.total))) > 1e-4
@@ -592,7 +590,7 @@ def test_layers_that_return_tuples(setup, naive):
     sites = [Site(n, n, s.in_features, s.out_features, s.scaling) for n, s in pairs]
     layout = ArenaLayout(RankTable.start(sites, fresh.table.ranks), Lora().entries)
     assert layout.size == fresh.layout.size and dict(model.named_modules()).keys() >= adapters.keys()
-    scorer = AblationScorer(model, adapters, fresh.data, world=ALONE, mask_dtype=torch.float32, release=lambda: None)
+    scorer = AblationScorer(model, adapters, fresh.data, world=ALONE, release=lambda: None)
     assert scorer.stack.path == "layers"
     got = scorer.scores(layout, fresh.weights)
     assert got.layer_forwards > 0
@@ -742,7 +740,7 @@ def test_zero3_gives_the_same_bits_and_leaves_nothing_gathered(setup, world, pre
     sharded = copy.deepcopy(setup)
     engine = BackboneEngine(sharded.model, stage=3, config=backbone_config(stage=3), device=CPU)
     scorer = AblationScorer(
-        engine.module, sharded.adapters, sharded.data, world=world, mask_dtype=torch.float32,
+        engine.module, sharded.adapters, sharded.data, world=world,
         release=engine.release, prefix_cache=prefix_cache, shortlist=0.5,
     )  # fmt: skip
     for _ in range(2):
@@ -758,7 +756,7 @@ def alora_run(stage, **settings):
     trainer = tiny_trainer(Alora(settings), r=2, backbone=backbone_config(stage=stage), learning_rate=2e-2)
     trainer.ablation = AblationScorer(
         trainer.backbone.module, trainer.adapters, HeldOutBatches(3, num_grains=2), world=trainer.world,
-        mask_dtype=torch.float32, release=trainer.backbone.release,
+        release=trainer.backbone.release,
     )  # fmt: skip
     events = []
     trainer.hooks.on_event = events.append

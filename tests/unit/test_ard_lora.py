@@ -624,8 +624,8 @@ class Watch:
             bind_arena(t.adapters, t.arena.layout, t.arena.engine.weights, gates)
             logits = t.backbone.module(input_ids=torch.arange(4, 44).view(2, 20)).logits
             data = HeldOutBatches(3)
-            losses = [float(t.loss_sum(t.backbone.module, data.collate(g), device=t.world.device,
-                                       mask_dtype=torch.float32)) for g in data.grains()]  # fmt: skip
+            batches = [data.collate(g) for g in data.grains()]
+            losses = [float(t.loss_sum(t.backbone.module, b, device=t.world.device)) for b in batches]
         t.backbone.module.train()
         return logits, sum(losses)
 
@@ -773,7 +773,7 @@ def test_a_whole_run_holds_the_budget_and_shrinks_the_arena(world, form):
     trainer.arena.engine.destroy()
 
 
-def double_loss(module, batch, *, device, mask_dtype):
+def double_loss(module, batch, *, device):
     """The loop's loss without its rounding to float32."""
     logits = module(
         input_ids=batch.input_ids,
@@ -831,7 +831,7 @@ def test_gradient_of_the_loss_in_alpha_by_finite_differences(world, form, tie):
             bind_arena(trainer.adapters, layout, weights, method.gates(step))
             for grain in trainer.data.grains(step):
                 batch = trainer.data.collate(grain)
-                total += float(double_loss(trainer.backbone.module, batch, device=None, mask_dtype=None))
+                total += float(double_loss(trainer.backbone.module, batch, device=None))
                 tokens += batch.num_target_tokens
         return total / tokens
 
@@ -980,9 +980,7 @@ def test_held_out_gates_are_of_held_out_rows_only(world):
             trainer.backbone.module.eval()
             gates = trainer.method.gates(step).requires_grad_()
             bind_arena(trainer.adapters, trainer.arena.layout, weights, gates)
-            loss = trainer.loss_sum(
-                trainer.backbone.module, batch, device=trainer.world.device, mask_dtype=torch.float32
-            )
+            loss = trainer.loss_sum(trainer.backbone.module, batch, device=trainer.world.device)
             (own,) = torch.autograd.grad(loss / batch.num_target_tokens, gates)
             trainer.backbone.module.train()
             torch.testing.assert_close(statistics.gates, own, rtol=1e-5, atol=float(own.abs().max()) * 1e-6)

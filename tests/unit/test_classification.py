@@ -392,7 +392,7 @@ def test_padded_batch_gives_the_rows_own_losses_and_gradients(tmp_path, family):
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def loss_and_gradient(some):
-        loss = sum(loss_sum(model, b, device=CPU, mask_dtype=torch.float32) for b in some)
+        loss = sum(loss_sum(model, b, device=CPU) for b in some)
         return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
 
     loss, gradient = loss_and_gradient([together])
@@ -430,9 +430,9 @@ def test_language_models_keep_their_loss():
     data = HeldOutBatches(num_grains=1)
     batch = data.collate(data.grains()[0])
     model = tiny_llama()
-    ours = loss_sum(model, batch, device=CPU, mask_dtype=torch.float32)
-    assert equal_bits(ours, token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32))
-    held_out = held_out_loss(model, data, world=single_world(), mask_dtype=torch.float32)
+    ours = loss_sum(model, batch, device=CPU)
+    assert equal_bits(ours, token_loss_sum(model, batch, device=CPU))
+    held_out = held_out_loss(model, data, world=single_world())
     assert held_out.metrics == {}
     assert held_out.numbers() == {"loss": held_out.loss, "perplexity": math.exp(held_out.loss)}
 
@@ -515,7 +515,7 @@ def test_held_out_metrics_are_the_same_for_any_number_of_processes(tmp_path, fam
         worlds, found, models = ThreadWorlds(world_size).worlds, [None] * world_size, []
 
         def work(i, worlds=worlds, found=found, models=models):
-            found[i] = held_out_loss(models[i], data, world=worlds[i], mask_dtype=torch.float32)
+            found[i] = held_out_loss(models[i], data, world=worlds[i])
 
         models.extend(copy.deepcopy(model).train() for _ in worlds)
         threads = [threading.Thread(target=work, args=(i,)) for i in range(world_size)]
@@ -544,8 +544,8 @@ def test_held_out_loss_asks_the_loss_it_is_given(tmp_path):
     def doubled(*args, **settings):
         return 2 * loss_sum(*args, **settings)
 
-    plain = held_out_loss(model, data, world=single_world(), mask_dtype=torch.float32)
-    twice = held_out_loss(model, data, world=single_world(), mask_dtype=torch.float32, loss_sum=doubled)
+    plain = held_out_loss(model, data, world=single_world())
+    twice = held_out_loss(model, data, world=single_world(), loss_sum=doubled)
     assert twice.loss == pytest.approx(2 * plain.loss, rel=1e-6) and twice.metrics == plain.metrics
 
 

@@ -18,7 +18,6 @@ from ardtrain.data import (
     EvalData,
     Samples,
     TrainData,
-    additive_mask,
     build_batch,
     tokenizer_fingerprint,
 )
@@ -440,7 +439,6 @@ def test_unpacked_batch_by_hand():
     assert batch.labels.tolist() == [[-100, -100, 6, 2], [-100, 7, -100, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert batch.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
-    assert batch.block_mask is None
     assert (batch.num_target_tokens, batch.num_tokens) == (3, 6)
     assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
 
@@ -449,21 +447,9 @@ def test_packed_batch_keeps_documents_apart():
     batch = build_batch([[arrays([1, 5, 2]), arrays([1, 2])], [arrays([7, 8], 0)]], packed=True, pad_token_id=0)
     assert batch.input_ids.tolist() == [[1, 5, 2, 1, 2], [7, 8, 0, 0, 0]]
     assert batch.labels.tolist() == [[-100, 5, 2, -100, 2], [-100, 8, -100, -100, -100]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]  # padding is a document
     assert batch.attention_mask is None
-    mask = batch.block_mask
-    assert mask.shape == (2, 1, 5, 5) and mask.dtype == torch.bool
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [0, 0, 0, 1, 0],
-        [0, 0, 0, 1, 1],
-    ]
-    assert mask.any(-1).all()  # padding sees itself: no query without a key
-    assert not mask[1, 0, :2, 2:].any() and not mask[1, 0, 2:, :2].any()
     assert (batch.num_target_tokens, batch.num_tokens) == (4, 7)
-    assert additive_mask(mask, torch.bfloat16)[0, 0, 0].tolist() == [0.0, *[torch.finfo(torch.bfloat16).min] * 4]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -616,18 +602,15 @@ def test_packed_documents_give_the_logits_they_give_alone(tmp_path, stories, att
     grain = data.grains(0)[0]
     batch = data.collate(grain)
     with torch.no_grad():
-        logits = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=additive_mask(batch.block_mask, torch.float32),
-        ).logits
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         for b, row in enumerate(grain.rows):
             assert len(row.samples) > 1
             end = 0
             for ids, _ in samples.read(row.samples):
                 start, end = end, end + len(ids)
                 alone = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
-                torch.testing.assert_close(logits[b, start:end], alone, rtol=1e-5, atol=1e-5)
+                # Logits reach 20, and GEMMs of other lengths round otherwise: 3e-5 seen.
+                torch.testing.assert_close(logits[b, start:end], alone, rtol=1e-5, atol=1e-4)
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="none"
     )

@@ -193,7 +193,7 @@ def backbone(stage, dtype, *, checkpointing=False, **zero):
     bind_arena(adapters, layout, leaf)
     data = TokenBatches()
     model.train()
-    loss = token_loss_sum(model, data.collate((0, 0)), device=CPU, mask_dtype=dtype)
+    loss = token_loss_sum(model, data.collate((0, 0)), device=CPU)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return engine, loss.detach(), gradient
 

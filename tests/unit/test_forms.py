@@ -299,11 +299,11 @@ def grain_loss(engine, model, adapters, layout, leaf, gates=None):
     batch = TokenBatches().collate((0, 0))
     model.train()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        group_adapters(adapters, lambda: token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32))
+        group_adapters(adapters, lambda: token_loss_sum(model, batch, device=CPU))
     assert sum(a.group is not None for a in adapters.values()) == 10  # q, k, v and gate, up of two layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        loss = token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32)
+        loss = token_loss_sum(model, batch, device=CPU)
         gradients = torch.autograd.grad(loss, leaves)
     if engine is not None:
         engine.release()

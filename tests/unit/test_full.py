@@ -119,7 +119,7 @@ def plain_run(model, data, *, clipping=CLIPPING, steps=STEPS):
         for index, batch in enumerate(batches):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(named_seed(LOOP.seed, step, index))
-                loss = token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32)
+                loss = token_loss_sum(model, batch, device=CPU)
                 (loss / num_targets).backward()
             total += loss.item()
         losses.append(total / num_targets)

@@ -73,7 +73,7 @@ def with_adapters(model):
 
 
 def loss_and_gradient(model, leaf, batch, head, *, dtype=torch.float32, weight=1.0):
-    loss = token_loss_sum(model, batch, device=CPU, mask_dtype=dtype, logit_head=head)
+    loss = token_loss_sum(model, batch, device=CPU, logit_head=head)
     (gradient,) = torch.autograd.grad(loss * weight, leaf)
     return loss.detach(), gradient
 
@@ -148,7 +148,7 @@ def test_a_grain_without_targets_has_loss_and_gradient_zero():
     loss, gradient = loss_and_gradient(model, leaf, batch, head)
     assert float(loss) == 0.0 and not gradient.any()
     with torch.no_grad():
-        assert float(token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32, logit_head=head)) == 0.0
+        assert float(token_loss_sum(model, batch, device=CPU, logit_head=head)) == 0.0
 
 
 def test_without_gradient_the_loss_has_the_same_bits():
@@ -156,7 +156,7 @@ def test_without_gradient_the_loss_has_the_same_bits():
     head, leaf, batch = found(model), with_adapters(model), TokenBatches().collate((0, 0))
     with_gradient, _ = loss_and_gradient(model, leaf, batch, head)
     with torch.no_grad():
-        without = token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32, logit_head=head)
+        without = token_loss_sum(model, batch, device=CPU, logit_head=head)
     assert equal_bits(without, with_gradient)
 
 
@@ -167,8 +167,8 @@ def test_held_out_loss_equals_that_of_whole_logits():
     def chunked(*args, **settings):
         return token_loss_sum(*args, **settings, logit_head=head)
 
-    whole = held_out_loss(model, data, world=single_world(), mask_dtype=torch.float32)
-    ours = held_out_loss(model, data, world=single_world(), mask_dtype=torch.float32, loss_sum=chunked)
+    whole = held_out_loss(model, data, world=single_world())
+    ours = held_out_loss(model, data, world=single_world(), loss_sum=chunked)
     assert ours.loss == pytest.approx(whole.loss, rel=1e-6) and ours.num_tokens == whole.num_tokens
 
 
@@ -183,7 +183,7 @@ def test_trained_rows_of_a_tied_output_embedding_get_their_gradient(world, stage
     trained.views = {PART: rows}
     head, batch, slopes = found(model), TokenBatches(rows=3).collate((0, 0)), []
     for chosen in (None, head):
-        loss = token_loss_sum(model, batch, device=CPU, mask_dtype=torch.float32, logit_head=chosen)
+        loss = token_loss_sum(model, batch, device=CPU, logit_head=chosen)
         slopes.append(torch.autograd.grad(3.0 * loss, [leaf, rows]))
         engine.release()
     for wanted, gradient in zip(*slopes, strict=True):

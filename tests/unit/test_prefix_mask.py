@@ -212,7 +212,7 @@ def test_loss_is_transformers_own(tmp_path, batch):
             input_ids=one.input_ids, pixel_values=one.pixel_values, token_type_ids=one.token_type_ids,
             attention_mask=one.attention_mask.long(), labels=one.labels,
         ).loss  # fmt: skip
-        ours = token_loss_sum(model, one, device=CPU, mask_dtype=torch.float32)
+        ours = token_loss_sum(model, one, device=CPU)
     assert torch.allclose(ours, theirs * one.num_target_tokens, rtol=1e-6)
     assert one.position_ids[0].tolist() == list(range(1, one.input_ids.shape[1] + 1))
 

@@ -286,7 +286,7 @@ def backbone(format, *, stage=0, dtype=torch.float32, checkpointing=False, exclu
     leaf.requires_grad_()
     bind_arena(adapters, layout, leaf)
     model.train()
-    loss = token_loss_sum(model, TokenBatches().collate((0, 0)), device=CPU, mask_dtype=dtype)
+    loss = token_loss_sum(model, TokenBatches().collate((0, 0)), device=CPU)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return engine, loss.detach(), gradient
 

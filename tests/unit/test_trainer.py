@@ -53,7 +53,7 @@ def test_loss_is_the_mean_over_the_steps_target_tokens(trainers):
     trainer.backbone.module.eval()
     for grain in data.grains(0):
         batch = data.collate(grain)
-        total += token_loss_sum(trainer.backbone.module, batch, device=CPU, mask_dtype=torch.float32).item()
+        total += token_loss_sum(trainer.backbone.module, batch, device=CPU).item()
         tokens += batch.num_target_tokens
         real += int(batch.attention_mask.sum())
     result = trainer.train_step()
@@ -73,7 +73,7 @@ def test_gradient_is_that_of_the_global_mean(trainers, monkeypatch):
 
     bind_arena(trainer.adapters, trainer.arena.layout, leaf)
     batches = [trainer.data.collate(g) for g in trainer.data.grains(0)]
-    losses = [token_loss_sum(trainer.backbone.module, b, device=CPU, mask_dtype=torch.float32) for b in batches]
+    losses = [token_loss_sum(trainer.backbone.module, b, device=CPU) for b in batches]
     (wanted,) = torch.autograd.grad(sum(losses) / sum(b.num_target_tokens for b in batches), leaf)
     result = trainer.train_step()
     norm = wanted.norm().item()
@@ -110,7 +110,7 @@ def test_packed_documents_do_not_see_each_other(trainers):
 
     def loss(rows, packed):
         batch = build_batch(rows, packed=packed, pad_token_id=0)
-        return token_loss_sum(module, batch, device=CPU, mask_dtype=torch.float32).item()
+        return token_loss_sum(module, batch, device=CPU).item()
 
     assert loss([documents], True) == pytest.approx(sum(loss([[d]], False) for d in documents), rel=1e-5)
 
@@ -201,12 +201,12 @@ def test_held_out_loss_is_the_mean_without_dropout(trainers):
     batches = [trainer.eval_data.collate(g) for g in trainer.eval_data.grains()]
     module = trainer.backbone.module.eval()
     with torch.no_grad():
-        losses = [token_loss_sum(module, b, device=CPU, mask_dtype=torch.float32).item() for b in batches]
+        losses = [token_loss_sum(module, b, device=CPU).item() for b in batches]
     tokens = sum(b.num_target_tokens for b in batches)
     assert held_out.num_tokens == tokens
     assert held_out.loss == math.fsum(losses) / tokens
     assert held_out.perplexity == math.exp(held_out.loss)
-    again = held_out_loss(module, trainer.eval_data, world=single_world(), mask_dtype=torch.float32)
+    again = held_out_loss(module, trainer.eval_data, world=single_world())
     assert again == held_out
     assert not module.training  # left as it was found
 
