@@ -25,7 +25,7 @@ from ardtrain.adapters import (
     first_dense,
 )
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import DTYPES, head_linears
+from ardtrain.backbones import DTYPES, enable_checkpointing, head_linears
 from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import image_inputs, loss_sum
@@ -121,8 +121,8 @@ class AdapterRun(Session):
         config, plan, shape = self.config, self.prepared.plan, self.prepared.shape
         opened = self.open_base(stage=plan.backbone_stage, config=plan.backbone)
         model = opened.model
-        if config.gradient_checkpointing:  # non-reentrant: the views are no arguments of the checkpointed function
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.gradient_checkpointing:
+            enable_checkpointing(model, offload=config.activation_offload, device=self.world.device)
         sites = shape.table.sites
         dropout = {s.tower: adapter_settings(config, s.tower).lora_dropout for s in sites}
         form: Form = "plain"

@@ -6,9 +6,10 @@ All of it through transformers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -205,6 +206,30 @@ def set_padding(model: PreTrainedModel, pad_token_id: int) -> None:
                 f"{counted}; use the model's own tokenizer"
             )
     model.config.get_text_config().pad_token_id = pad_token_id
+
+
+def enable_checkpointing(model: PreTrainedModel, *, offload: bool, device: torch.device) -> None:
+    """Keeps of each decoder layer its input alone, and computes the rest again in backward.
+
+    Non-reentrant: the adapters' views are no arguments of the checkpointed function.
+
+    Args:
+        offload: the inputs wait for backward in host memory, pinned where `device` is a GPU; no bit changes.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    if not offload:
+        return
+    # transformers' own offload pins in any case, which fails on a machine without an accelerator.
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            checkpoint = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = partial(_on_host, checkpoint, pinned=device.type != "cpu")
+
+
+def _on_host(checkpoint: Callable[..., Any], *args: Any, pinned: bool, **kwargs: Any) -> Any:
+    """A checkpointed function's run; the hooks see what it keeps, its arguments, and nothing from inside it."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
+        return checkpoint(*args, **kwargs)
 
 
 def load_tokenizer(source: ModelSource, tokenizer_name_or_path: str | None = None) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ import torch
 
 from ardtrain import checkpoint
 from ardtrain.arena import ArenaLayout
+from ardtrain.backbones import enable_checkpointing
 from ardtrain.checkpoint import saving
 from ardtrain.config import ConfigError
 from ardtrain.engines import FullEngine, FullState
@@ -44,7 +45,7 @@ class FullRun(Session):
         model = self.load_base()
         model.requires_grad_(True)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model, offload=config.activation_offload, device=self.world.device)
         self.model = model
         self.engine = FullEngine(model, config=plan.full, adam=self.adam(), device=world.device)
         self.check_packing(self.engine.module)

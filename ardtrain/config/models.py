@@ -314,6 +314,8 @@ class RunConfig(Block):
     quantization: Literal["int8", "nf4"] | None = None
     """Keep the linears of the frozen base in 8 bit (a scale a row) or 4 bit (NormalFloat, a scale for 64 weights)."""
     gradient_checkpointing: bool = False
+    activation_offload: bool = False
+    """What gradient_checkpointing keeps, the decoder layers' inputs, waits for backward in host memory."""
     loss_chunk_tokens: int | None = Field(default=512, ge=1)
     """Target tokens whose logits exist at a time; null: the logits of all tokens at once. Bits depend on it."""
     num_threads: int = Field(default=1, ge=1)
@@ -484,6 +486,10 @@ class RunConfig(Block):
             )
         if self.bf16 and self.fp16:
             errors.append("bf16=true and fp16=true; keep one of them")
+        if self.activation_offload and not self.gradient_checkpointing:
+            errors.append(
+                "activation_offload=true moves what gradient_checkpointing keeps; set gradient_checkpointing=true"
+            )
         if self.max_steps is None and self.num_train_epochs is None:
             errors.append("max_steps=null and num_train_epochs=null say no length; set one of them")
         if self.warmup_steps and self.warmup_ratio:

@@ -18,6 +18,7 @@ import torch
 
 from ardtrain import checkpoint
 from ardtrain.ablation import AblationScorer
+from ardtrain.backbones import enable_checkpointing
 from ardtrain.collectives import World
 from ardtrain.engines import start_deepspeed
 from ardtrain.evaluation import loss_sum
@@ -87,7 +88,7 @@ def build(case, world):
     )
     model = tiny_llama(dtype=dtype)
     if case.get("gradient_checkpointing"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model, offload=case["gradient_checkpointing"] == "offloaded", device=world.device)
     make = family.get("method", lambda: elalora(init_warmup=4, final_warmup=8, mask_interval=4, b=6, k=2))
     trainer = tiny_trainer(
         make(),

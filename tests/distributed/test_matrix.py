@@ -42,7 +42,7 @@ def cases_of(world_size, folder, nvme):
             "fp32/z0 arena2 opt": {"family": "fp32", **arena2, **off_opt},
             "fp32/z3 cpu resumed from 4": {"family": "fp32", **Z3, **cpu, "resume": saved("four")},
             "packed/z3 cpu arena2 ckpt": {"family": "packed", **Z3, **cpu, **arena2, **ckpt, "save": save("three")},
-            "bf16/z3 opt ckpt": {"family": "bf16", **Z3, **off_opt, **ckpt},
+            "bf16/z3 opt ckpt": {"family": "bf16", **Z3, **off_opt, "gradient_checkpointing": "offloaded"},
         },
         2: {
             "fp32/z3 cpu opt ckpt": {"family": "fp32", **Z3, **cpu, **off_opt, **ckpt},

@@ -297,6 +297,7 @@ def test_block_of_another_method_is_refused():
         ),
         ({"method": "alora"}, "method=alora judges components on held-out rows; set data.allocation_file or"),
         ({"method": "alora", "data": HELD_OUT, "alora": {"shortlist": 0.0}}, "alora.shortlist=0.0 must be greater"),
+        ({"activation_offload": True}, "activation_offload=true moves what gradient_checkpointing keeps; set gradient"),
         ({"method": "full", "loss_chunk_tokens": 64}, "loss_chunk_tokens has no meaning for method=full"),
         ({"method": "full", "r": 4}, "r has no meaning for method=full, which trains every weight; remove it"),
         ({"task": "sequence_classification", "packing": True}, "packing=true has no meaning for task=sequence_class"),

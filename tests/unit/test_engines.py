@@ -8,7 +8,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
+from ardtrain.backbones import enable_checkpointing, find_sites
 from ardtrain.engines import (
     AdamSettings,
     AdapterEngine,
@@ -172,11 +172,11 @@ def test_making_an_engine_prints_nothing(capfd):
 # ---- the backbone's engine ----
 
 
-def backbone(stage, dtype, *, checkpointing=False, **zero):
+def backbone(stage, dtype, *, checkpointing=False, offload=False, **zero):
     """(engine, loss, gradient) of one grain through adapters with numbers that matter; stage None: no engine."""
     model = tiny_llama(dtype=dtype)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model, offload=offload, device=CPU)
     sites, ranks = find_sites(
         model, target_modules="all-linear", exclude_modules=None, r=4, lora_alpha=8.0, tower_settings={}
     )
@@ -236,16 +236,43 @@ def test_unsharded_engine_gives_the_loss_of_a_model_without_hooks(dtype):
     torch.testing.assert_close(gradient, bare_gradient, rtol=0, atol=size * (1e-6 if dtype == torch.float32 else 3e-2))
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_activation_checkpointing_changes_no_bit(stage):
+def test_activation_checkpointing_changes_no_bit(stage, offload):
     engine, loss, gradient = backbone(stage, torch.float32)
     engine.destroy()
-    engine, again, again_gradient = backbone(stage, torch.float32, checkpointing=True)
+    engine, again, again_gradient = backbone(stage, torch.float32, checkpointing=True, offload=offload)
     engine.release()
     assert engine.gathered_parameters() == 0
     engine.destroy()
     assert equal_bits(again, loss)
     assert equal_bits(again_gradient, gradient)
+
+
+def test_offload_takes_what_checkpointing_keeps_the_layers_inputs(monkeypatch):
+    """On a CPU nothing moves: what the hooks would move, and what autograd keeps beside it, is counted."""
+    moved, kept, entered = [], [], []
+
+    class Recorded(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            assert not pin_memory, "there is no GPU"
+            super().__init__(lambda tensor: moved.append(tensor) or tensor, lambda tensor: tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Recorded)
+    model = tiny_llama(layers=3)
+    enable_checkpointing(model.train(), offload=True, device=CPU)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    embedded = model.model.embed_tokens(torch.arange(4, 20).view(2, 8)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss = model(inputs_embeds=embedded).logits.sum()
+    assert len(moved) == len(entered) == 3
+    assert all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in zip(moved, entered, strict=True))
+    layers = {id(p) for p in model.model.layers.parameters()}
+    assert not any(id(t) in layers for t in kept) and len(kept) < 10, "the last norm's and the output embedding's alone"
+    (gradient,) = torch.autograd.grad(loss, embedded)
+    (wanted,) = torch.autograd.grad(tiny_llama(layers=3)(inputs_embeds=embedded).logits.sum(), embedded)
+    assert equal_bits(gradient, wanted)
 
 
 def test_without_release_the_first_layer_stays_gathered():
