@@ -13,14 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ardtrain.ranks import Dense, RankTable, Site, named_seed
+from ardtrain.ranks import Dense, Integers, RankTable, Site, named_seed
 
 ALIGNMENT = 32  # float32 numbers: 128 bytes, so that kernels see the same alignment whatever the ranks are
+
+MAX_RUNS_OF_BLOCK = 16  # with more, one indexed copy of its rows is quicker
 
 Parts = Callable[[Site], Mapping[str, int]]
 """A method's `entries`: part name -> numbers in one component's row, e.g. {"lora_A": I, "lora_B": O, "diagonal": 1}."""
@@ -59,17 +62,15 @@ class ArenaLayout:
         self.table = table
         self.parts = parts
         self.dense = tuple(dense)
+        self._row_starts: dict[str, Integers] = {}
         blocks: list[Block] = []
         offset = 0
-        for module, group in groupby(range(len(table.sites)), key=lambda i: table.sites[i].module):
-            indices = list(group)
-            rows = sum(table.ranks[i] for i in indices)
+        for module, start, stop in table.known_sites.modules:
+            rows = table.offsets[stop] - table.offsets[start]
             if rows == 0:
                 continue
-            shapes = [dict(parts(table.sites[i])) for i in indices]
-            assert all(s == shapes[0] for s in shapes), f"{module}: sites of one matrix differ in shape"
-            for part, columns in shapes[0].items():
-                blocks.append(Block(module, part, offset, rows, columns, table.offsets[indices[0]]))
+            for part, columns in parts(table.sites[start]).items():  # alike for all sites of a matrix
+                blocks.append(Block(module, part, offset, rows, columns, table.offsets[start]))
                 offset = _aligned(blocks[-1].stop)
         whole: list[Block] = []
         for entry in self.dense:
@@ -87,16 +88,26 @@ class ArenaLayout:
 
     def positions(self, module: str) -> tuple[int, int]:
         """First component of a matrix and the number of its components, over all its sites."""
-        block = next((b for b in self.blocks if b.module == module), None)
+        block = self._first_blocks.get(module)
         return (block.first, block.rows) if block is not None else (0, 0)
+
+    @cached_property
+    def _first_blocks(self) -> dict[str, Block]:
+        return {b.module: b for b in reversed(self.blocks)}
 
     @cached_property
     def site_ranks(self) -> dict[str, tuple[int, ...]]:
         """Module -> rank of each of its sites, heads in order."""
-        out: dict[str, tuple[int, ...]] = {}
-        for site, rank in zip(self.table.sites, self.table.ranks, strict=True):
-            out[site.module] = (*out.get(site.module, ()), rank)
-        return out
+        return {module: self.table.ranks[start:stop] for module, start, stop in self.table.known_sites.modules}
+
+    def row_starts(self, part: str) -> Integers:
+        """[R] where each component's row of this part begins; -1 for a component without that part."""
+        if part not in self._row_starts:
+            starts = np.full(self.table.total, -1, np.int64)
+            for b in (b for b in self.blocks if b.part == part):
+                starts[b.first : b.first + b.rows] = np.arange(b.offset, b.stop, b.columns)
+            self._row_starts[part] = starts
+        return self._row_starts[part]
 
     def views(self, leaf: Tensor) -> dict[str, dict[str, Tensor]]:
         """Module -> part -> [rows, columns] view of the leaf; one split, so backward makes one flat gradient.
@@ -134,61 +145,88 @@ class ArenaLayout:
 def sources(old: RankTable, new: RankTable) -> Tensor:
     """[R_new] int64: which component of `old` each of `new` is, -1 for the newborn. Identity: (site, birth)."""
     assert old.sites == new.sites
-    out: list[int] = []
-    for index, births in enumerate(new.births):
-        start = old.offsets[index]
-        if births == old.births[index]:
-            out += range(start, start + len(births))
-        else:
-            position = {birth: start + i for i, birth in enumerate(old.births[index])}
-            out += [position.get(birth, -1) for birth in births]
-    return torch.tensor(out, dtype=torch.int64)
+    if not old.total:
+        return torch.full((new.total,), -1, dtype=torch.int64)
+    span = max(*old.next_birth, *new.next_birth)
+    old_keys, new_keys = (t.owners * span + t.birth_array for t in (old, new))
+    order = np.argsort(old_keys, kind="stable")
+    at = np.minimum(np.searchsorted(old_keys, new_keys, sorter=order), old.total - 1)
+    return torch.from_numpy(np.where(old_keys[order[at]] == new_keys, order[at], -1))
 
 
 class Repacking:
     """How flat tensors of one layout become those of another; worked out once, applied to every array.
 
-    Neighbouring matrices that keep their components are copied as one run, so the cost follows the bytes and the
-    matrices that change, not the number of matrices.
+    Rows that stay neighbours, over the bounds of matrices too, are copied as one run: the cost follows the bytes and
+    the components that leave or join, not the number of matrices.
     """
 
     def __init__(self, old: ArenaLayout, new: ArenaLayout) -> None:
         self.new = new
         self.source = sources(old.table, new.table)
-        self._runs: list[tuple[int, int, int]] = []  # (start in new, start in old, numbers)
+        self._runs: list[tuple[int, int, int, bool]] = []  # start in new, in old, numbers, do both blocks end with it?
         self._gathers: list[tuple[Block, Block, Tensor, Tensor]] = []  # rows of new, rows of old
         same = {site.module: True for site in new.table.sites}  # do all sites of the matrix keep their components?
-        for i, site in enumerate(new.table.sites):
-            same[site.module] &= old.table.births[i] == new.table.births[i]
-        before = {(b.module, b.part): b for b in old.all_blocks}
+        for site, before, after in zip(new.table.sites, old.table.births, new.table.births, strict=True):
+            if before != after:
+                same[site.module] = False
+        earlier_blocks = {(b.module, b.part): b for b in old.all_blocks}
         for block in new.all_blocks:
-            earlier = before.get((block.module, block.part))
+            earlier = earlier_blocks.get((block.module, block.part))
             if earlier is None:  # the matrix had rank 0: all rows are newborn
                 continue
             if block.first < 0 or same[block.module]:
-                self._add_run(block.offset, earlier.offset, block.stop - block.offset)
+                self._add_run(block, earlier, 0, 0, block.rows)
                 continue
             rows = self.source[block.first : block.first + block.rows]
             alive = torch.nonzero(rows >= 0).view(-1)
-            self._gathers.append((block, earlier, alive, rows[alive] - earlier.first))
+            self._add_rows(block, earlier, alive, rows[alive] - earlier.first)
+        self._unset = _complement([(start, start + numbers) for start, _, numbers, _ in self._runs], new.size)
 
-    def _add_run(self, start: int, old_start: int, numbers: int) -> None:
+    def _add_rows(self, block: Block, earlier: Block, rows: Tensor, old_rows: Tensor) -> None:
+        """Row old_rows[i] of `earlier` becomes row rows[i] of `block`."""
+        new, old = rows.tolist(), old_rows.tolist()
+        firsts = [i for i in range(len(new)) if not i or new[i] != new[i - 1] + 1 or old[i] != old[i - 1] + 1]
+        if len(firsts) > MAX_RUNS_OF_BLOCK:
+            self._gathers.append((block, earlier, rows, old_rows))
+            return
+        for first, following in pairwise([*firsts, len(new)]):
+            self._add_run(block, earlier, new[first], old[first], following - first)
+
+    def _add_run(self, block: Block, earlier: Block, row: int, old_row: int, rows: int) -> None:
+        """Lengthens the last run where this one follows at once, or across the zero gap between two whole ends."""
+        start, old_start = block.offset + row * block.columns, earlier.offset + old_row * block.columns
+        numbers = rows * block.columns
+        ends = start + numbers == block.stop and old_start + numbers == earlier.stop
         if self._runs:
-            first, old_first, length = self._runs[-1]
-            gap = start - (first + length)
-            if gap < ALIGNMENT and start - first == old_start - old_first:  # only a zero gap between them
-                self._runs[-1] = (first, old_first, start - first + numbers)
+            first, old_first, length, ended = self._runs[-1]
+            begins = row == 0 and old_row == 0 and start == _aligned(first + length)
+            if (start == first + length or (ended and begins)) and start - first == old_start - old_first:
+                self._runs[-1] = (first, old_first, start - first + numbers, ends)
                 return
-        self._runs.append((start, old_start, numbers))
+        self._runs.append((start, old_start, numbers, ends))
 
     def apply(self, flat: Tensor) -> Tensor:
-        """[N_new]: the survivors' rows of `flat` [N_old] to the bit, newborn rows and gaps zero. Any dtype."""
-        out = torch.zeros(self.new.size, dtype=flat.dtype, device=flat.device)
-        for start, old_start, numbers in self._runs:
-            out[start : start + numbers] = flat[old_start : old_start + numbers]
+        """[N_new]: the survivors' rows of `flat` [N_old] to the bit, newborn rows and gaps zero. Any dtype.
+
+        -0.0 becomes 0.0, as it does when an array is gathered from several processes. One pass over the bytes, into
+        new memory; `flat` may be live.
+        """
+        out = torch.empty(self.new.size, dtype=flat.dtype, device=flat.device)
+        for start, stop in self._unset:
+            out[start:stop] = 0
+        for start, old_start, numbers, _ in self._runs:
+            torch.add(flat[old_start : old_start + numbers], 0, out=out[start : start + numbers])
         for block, earlier, rows, old_rows in self._gathers:
-            block.of(out)[rows.to(flat.device)] = earlier.of(flat)[old_rows.to(flat.device)]
+            block.of(out)[rows.to(flat.device)] = earlier.of(flat)[old_rows.to(flat.device)] + 0
         return out
+
+
+def _complement(intervals: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """What ascending intervals leave of [0, size)."""
+    ends = [0, *(stop for _, stop in intervals)]
+    starts = [*(start for start, _ in intervals), size]
+    return [(end, start) for end, start in zip(ends, starts, strict=True) if start > end]
 
 
 def repack(flat: Tensor, old: ArenaLayout, new: ArenaLayout) -> Tensor:
@@ -222,12 +260,12 @@ def fill_newborn(flat: Tensor, layout: ArenaLayout, born: Tensor, newborn: Newbo
 
 def _newborn_sites(table: RankTable, born: Tensor) -> Iterator[tuple[int, int, int]]:
     """(site, survivors, newborn) of each site that has newborn components; they stand behind its survivors."""
-    flags = born.tolist()
-    for index, (start, stop) in enumerate(zip(table.offsets, table.offsets[1:], strict=False)):
-        count = sum(flags[start:stop])
-        if count:
-            assert all(flags[stop - count : stop]), f"{table.sites[index].name}: a newborn stands before a survivor"
-            yield index, stop - start - count, count
+    flags = born.numpy()
+    counts = np.bincount(table.owners, flags, minlength=len(table.sites)).astype(np.int64)
+    for index in np.flatnonzero(counts).tolist():
+        count, stop = int(counts[index]), table.offsets[index + 1]
+        assert flags[stop - count : stop].all(), f"{table.sites[index].name}: a newborn stands before a survivor"
+        yield index, table.ranks[index] - count, count
 
 
 def fill_newborn_second_moment(flat: Tensor, layout: ArenaLayout, born: Tensor) -> None:
@@ -324,12 +362,12 @@ class Shard:
 
 def _deal(layout: ArenaLayout, index: int, count: int) -> tuple[int, int]:
     """First and last + 1 component of shard `index` of `count`; shares of about equal numbers."""
-    widths = torch.zeros(layout.table.total, dtype=torch.int64)
+    widths = np.zeros(layout.table.total, np.int64)
     for block in layout.blocks:
         widths[block.first : block.first + block.rows] += block.columns
-    ends = widths.cumsum(0)
+    ends = np.cumsum(widths)
     total = int(ends[-1]) if len(ends) else 0
-    cuts = torch.searchsorted(ends, torch.tensor([total * index // count, total * (index + 1) // count]), right=False)
+    cuts = np.searchsorted(ends, [total * index // count, total * (index + 1) // count])
     start = 0 if index == 0 else int(cuts[0]) + 1
     stop = layout.table.total if index == count - 1 else int(cuts[1]) + 1
     return min(start, layout.table.total), min(max(stop, start), layout.table.total)

@@ -26,7 +26,6 @@ from deepspeed.utils import (
     logger as deepspeed_logger,
 )
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -224,10 +223,11 @@ class AdapterEngine:
         """All processes must call this.
 
         Args:
-            flat: [N] float32 first weights. config: the adapter's DeepSpeed config (split_deepspeed).
+            flat: [N] float32 first weights, taken over, not copied. config: the adapter's DeepSpeed config
+                (split_deepspeed).
         """
         assert flat.dtype == torch.float32 and flat.dim() == 1
-        module = _Arena(flat.detach().clone().to(device))
+        module = _Arena(flat.detach().to(device))
         optimizer = _make_optimizer(module.flat, adam, device=device, config=config)
         with quiet():
             self._engine, *_ = deepspeed.initialize(
@@ -260,28 +260,49 @@ class AdapterEngine:
         self._engine.backward(self._engine.module())
         safe_set_full_grad(self._parameter, gradient)
 
+    def moment(self, name: str) -> Tensor:
+        """[N] one of MOMENTS where the optimizer keeps it; the live one where a process holds it all, else gathered.
+
+        All processes must call this; `step`, `restore` or `set_moments` must have come before.
+        """
+        own: Tensor = self._states()[0][name]
+        if self._engine.dp_world_size == 1:
+            return own[: self._parameter.numel()]
+        return safe_get_full_optimizer_state(self._parameter, name).detach().reshape(-1).to(own.device)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the moments have seen."""
+        states = self._states()
+        return int(states[0]["step"]) if states else 0
+
     def capture(self) -> FullState:
-        """Full tensors on the host. All processes must call this; `step` or `restore` must have come before."""
-        master = safe_get_full_fp32_param(self._parameter)
-        moments = [safe_get_full_optimizer_state(self._parameter, name) for name in MOMENTS]
-        # + 0.0: the all-reduce inside turns -0.0 into 0.0 for more than one process; do so for one as well.
-        tensors = [t.detach().reshape(-1).float().cpu() + 0.0 for t in (master, *moments)]
-        return FullState(tensors[0], tensors[1], tensors[2], self._steps())
+        """Copies of the full tensors on the host. All processes must call this, under the same condition."""
+        # The weights are the masters: both are float32, and every process has them whole. + 0.0: the all-reduce that
+        # gathers moments turns -0.0 into 0.0 for more than one process; do so for one as well, and for the masters.
+        tensors = [t.detach().cpu() + 0.0 for t in (self.weights, *(self.moment(name) for name in MOMENTS))]
+        return FullState(tensors[0], tensors[1], tensors[2], self.steps)
 
     def restore(self, state: FullState) -> None:
-        """Writes master, moments and step counter. All processes must call this."""
-        with quiet():
-            self.step(torch.zeros_like(self.weights), lr=0.0)  # makes the optimizer's state exist
-        device = self.weights.device
-        safe_set_full_fp32_param(self._parameter, state.master.to(device))
-        for name in MOMENTS:
-            safe_set_full_optimizer_state(self._parameter, getattr(state, name).to(device), name)
-        self._parameter.data.copy_(state.master.to(device))
+        """Writes master, moments and step counter; the state is copied. All processes must call this."""
+        self.set_weights(state.master.to(self.weights.device))
+        self.set_moments({name: getattr(state, name).clone() for name in MOMENTS}, state.steps)
+
+    def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        """Writes both moments [N] float32, which are taken over, and the step counter. All processes must call this."""
+        optimizer = self._engine.optimizer
+        base = optimizer.optimizer
+        (partition,) = (p for group in base.param_groups for p in group["params"])
+        given = {name: values.to(partition.device) for name, values in moments.items()}
+        if not self._states():
+            whole = all(values.shape == partition.shape for values in given.values())  # one process, nothing padded
+            base.state[partition] = _adam_state(base, partition, steps, given if whole else None)
+            optimizer._lazy_init_hp_params_optimizer_state()  # lets the parameter find its moments
         for entry in self._states():
-            if torch.is_tensor(entry["step"]):
-                entry["step"].fill_(float(state.steps))
-            else:
-                entry["step"] = state.steps
+            entry["step"] = torch.full_like(entry["step"], steps) if torch.is_tensor(entry["step"]) else steps
+            for name, values in given.items():
+                if entry[name].data_ptr() != values.data_ptr():
+                    safe_set_full_optimizer_state(self._parameter, values, name)
 
     def set_weights(self, weights: Tensor) -> None:
         """Writes the master weights [N] alone, between steps; no communication. All processes must call this."""
@@ -300,14 +321,22 @@ class AdapterEngine:
     def _states(self) -> list[dict[str, Any]]:
         return [s for s in self._engine.optimizer.optimizer.state.values() if "step" in s]
 
-    def _steps(self) -> int:
-        states = self._states()
-        return int(states[0]["step"]) if states else 0
-
     def destroy(self) -> None:
-        """Ends the engine and drops its buffers. All processes must call this."""
+        """Ends the engine and frees its arrays. All processes must call this.
+
+        Engine and optimizer hold each other, so they go at the next garbage collection; their arrays, gigabytes for a
+        large base, must not wait for it.
+        """
+        optimizer = self._engine.optimizer
         with quiet():
             self._engine.destroy()
+        for group in optimizer.optimizer.param_groups:
+            for partition in group["params"]:
+                partition.data = partition.new_empty(0)
+        optimizer.optimizer.state.clear()
+        optimizer.bit16_groups_flat.clear()
+        optimizer.parallel_partitioned_bit16_groups.clear()
+        self._parameter.data = self._parameter.new_empty(0)
         del self._engine, self._parameter
 
 
@@ -526,10 +555,7 @@ class FullEngine:
         rows = [p for group in base.param_groups for p in group["params"]]
         # ZeRO-3 hands the optimizer one array at a time, within a step only.
         for flat in optimizer.fp32_partitioned_groups_flat if self.stage == 3 else rows:
-            step: Any = steps
-            if isinstance(base, torch.optim.AdamW):  # DeepSpeed's own counts in an integer
-                step = torch.tensor(float(steps), device=flat.device if base.defaults["fused"] else "cpu")
-            base.state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
+            base.state[flat] = _adam_state(base, flat, steps)
         if self.stage < 3:
             optimizer._lazy_init_hp_params_optimizer_state()  # lets the parameters find their moments
 
@@ -570,6 +596,16 @@ class FullEngine:
         with quiet():
             self._engine.destroy()
         del self._engine, self.trained
+
+
+def _adam_state(
+    base: torch.optim.Optimizer, flat: Tensor, steps: int, moments: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """What AdamW keeps for one array after so many steps; zeros where no moments are given."""
+    step: Any = steps
+    if isinstance(base, torch.optim.AdamW):  # DeepSpeed's own counts in an integer
+        step = torch.tensor(float(steps), device=flat.device if base.defaults["fused"] else "cpu")
+    return {"step": step, **(moments or {name: torch.zeros_like(flat) for name in MOMENTS})}
 
 
 def _make_optimizer(

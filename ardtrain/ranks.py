@@ -12,8 +12,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,30 @@ class Site:
         return min(self.in_features, self.out_features)
 
 
+class Sites(tuple[Site, ...]):
+    """All sites of a run, in order; one object for all its tables, so what follows from them is worked out once."""
+
+    @cached_property
+    def digest(self) -> bytes:
+        """sha256 over what a table's digest says of its sites."""
+        return _sha256([[s.name, s.in_features, s.out_features, s.scaling.hex()] for s in self])
+
+    @cached_property
+    def max_ranks(self) -> Integers:
+        """[S] the sites' largest ranks."""
+        return np.fromiter((s.max_rank for s in self), np.int64, len(self))
+
+    @cached_property
+    def modules(self) -> tuple[tuple[str, int, int], ...]:
+        """(module, its first site, its last + 1) of each matrix; the sites of one follow each other, alike in shape."""
+        starts = [i for i, s in enumerate(self) if not i or s.module != self[i - 1].module]
+        stops = [*starts[1:], len(self)]
+        for a, b in zip(starts, stops, strict=True):
+            shapes = {(s.in_features, s.out_features) for s in self[a:b]}
+            assert len(shapes) == 1, f"{self[a].module}: sites of one matrix differ in shape"
+        return tuple((self[a].module, a, b) for a, b in zip(starts, stops, strict=True))
+
+
 @dataclass(frozen=True)
 class Dense:
     """A trained tensor that belongs to no component and never changes shape: DoRA's magnitude, a classifier head.
@@ -69,10 +99,17 @@ class RankTable:
 
     def __post_init__(self) -> None:
         assert len(self.sites) == len(self.births) == len(self.next_birth)
-        for site, births, following in zip(self.sites, self.births, self.next_birth, strict=True):
-            assert len(set(births)) == len(births), f"{site.name}: a birth number twice"
-            assert all(0 <= b < following for b in births), f"{site.name}: a birth number beyond next_birth"
-            assert len(births) <= site.max_rank, f"{site.name}: rank {len(births)} > {site.max_rank}"
+        if not isinstance(self.sites, Sites):
+            object.__setattr__(self, "sites", Sites(self.sites))
+        births, owners = self.birth_array, self.owners
+        following = np.array(self.next_birth, np.int64)[owners]
+        known = bool(np.all((births >= 0) & (births < following)))
+        if known and _distinct(owners, births) and bool(np.all(self.rank_array <= self.known_sites.max_ranks)):
+            return
+        for site, own, most in zip(self.sites, self.births, self.next_birth, strict=True):  # to name what is wrong
+            assert len(set(own)) == len(own), f"{site.name}: a birth number twice"
+            assert all(0 <= birth < most for birth in own), f"{site.name}: a birth number beyond next_birth"
+            assert len(own) <= site.max_rank, f"{site.name}: rank {len(own)} > {site.max_rank}"
 
     @classmethod
     def start(cls, sites: Sequence[Site], ranks: Sequence[int]) -> RankTable:
@@ -86,23 +123,48 @@ class RankTable:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Position of each site's first component in the list of all components, and the total at the end."""
-        out = [0]
-        for r in self.ranks:
-            out.append(out[-1] + r)
-        return tuple(out)
+        return tuple(accumulate(self.ranks, initial=0))
 
     @property
     def total(self) -> int:
         return self.offsets[-1]
 
+    @property
+    def known_sites(self) -> Sites:
+        """`sites` with what follows from them."""
+        assert isinstance(self.sites, Sites)
+        return self.sites
+
+    @cached_property
+    def rank_array(self) -> Integers:
+        """[S] `ranks`."""
+        return np.array(self.ranks, np.int64)
+
+    @cached_property
+    def offset_array(self) -> Integers:
+        """[S + 1] `offsets`."""
+        return np.array(self.offsets, np.int64)
+
+    @cached_property
+    def owners(self) -> Integers:
+        """[R] the site of each component."""
+        return np.repeat(np.arange(len(self.sites)), self.rank_array)
+
+    @cached_property
+    def places(self) -> Integers:
+        """[R] the position of each component in its site."""
+        return np.arange(self.total) - self.offset_array[self.owners]
+
+    @cached_property
+    def birth_array(self) -> Integers:
+        """[R] `births`, in the order of the components."""
+        return _flat(self.births)
+
     @cached_property
     def digest(self) -> str:
         """sha256 over sites, births and next births; equal tables have equal digests on every process."""
-        content = [
-            [s.name, s.in_features, s.out_features, s.scaling.hex(), list(b), n]
-            for s, b, n in zip(self.sites, self.births, self.next_birth, strict=True)
-        ]
-        return _digest(content)
+        numbers = (self.rank_array, self.birth_array, np.array(self.next_birth, np.int64))
+        return _sha256_of_numbers(self.known_sites.digest, numbers)
 
     def by_name(self) -> dict[str, int]:
         """Site name -> rank."""
@@ -178,46 +240,81 @@ class RankPlan:
 
     @cached_property
     def digest(self) -> str:
+        """sha256 over all of it."""
         scores = sorted((name, value.hex()) for name, value in self.scores.items())
-        content: list[Any] = [self.table_digest, self.reason, self.again, scores]
-        for index in sorted(self.changes):
-            change = self.changes[index]
-            fold = [[p, part, [f.hex() for f in factors]] for p, part, factors in change.fold]
-            content.append([index, list(change.keep), change.born, list(change.zero), fold])
-        return _digest(content)
+        folded = [(i, c.fold) for i, c in self._ordered if c.fold]
+        parts = "".join(f"{part}," for _, fold in folded for _, part, _ in fold)
+        head = _sha256([self.table_digest, self.reason, self.again, scores, parts])
+        factors = [factors for _, fold in folded for _, _, factors in fold]
+        numbers = [
+            np.array([i for i, _ in self._ordered], np.int64),
+            np.array([c.born for _, c in self._ordered], np.int64),
+            *_counted([c.keep for _, c in self._ordered]),
+            *_counted([c.zero for _, c in self._ordered]),
+            np.array([i for i, _ in folded], np.int64),
+            *_counted([tuple(position for position, _, _ in fold) for _, fold in folded]),
+            np.array([len(own) for own in factors], np.int64),
+            np.fromiter(chain.from_iterable(factors), np.float64),
+        ]
+        return _sha256_of_numbers(head, numbers)
+
+    @cached_property
+    def _ordered(self) -> list[tuple[int, SiteChange]]:
+        return sorted(self.changes.items())
 
     def reshapes(self, table: RankTable) -> bool:
         """Does any component leave, join or change its place? If not, tensors keep their shapes (masks only)."""
-        return any(c.born or c.keep != tuple(range(table.ranks[i])) for i, c in self.changes.items())
+        return any(c.born or c.keep != positions(table.ranks[i]) for i, c in self.changes.items())
 
     def apply(self, table: RankTable) -> RankTable:
         """The table after this plan; pure.
 
         Raises:
-            ValueError: the plan was made for another table, or breaks a rule of one site.
+            ValueError: as `check`.
         """
+        self.check(table)
+        births, following = list(table.births), list(table.next_birth)
+        for index, change in self.changes.items():
+            old, first = births[index], following[index]
+            kept = old if change.keep == positions(len(old)) else tuple(map(old.__getitem__, change.keep))
+            births[index] = kept + tuple(range(first, first + change.born)) if change.born else kept
+            following[index] = first + change.born
+        return RankTable(table.sites, tuple(births), tuple(following))
+
+    def check(self, table: RankTable) -> None:
+        """Raises ValueError: the plan was made for another table, or breaks a rule of one site."""
         if self.table_digest != table.digest:
             raise ValueError(
                 f"plan made for table {self.table_digest[:12]}, applied to {table.digest[:12]}: plan again"
             )
-        births, following = list(table.births), list(table.next_birth)
-        for index in sorted(self.changes):
-            change, site, old = self.changes[index], table.sites[index], table.births[index]
-            _check_change(site, change, len(old))
-            first = following[index]
-            births[index] = tuple(old[i] for i in change.keep) + tuple(range(first, first + change.born))
-            following[index] = first + change.born
-        return RankTable(table.sites, tuple(births), tuple(following))
+        changes = [c for _, c in self._ordered]
+        indices = np.array([i for i, _ in self._ordered], np.int64)
+        ranks, most = table.rank_array[indices], table.known_sites.max_ranks[indices]
+        born = np.array([c.born for c in changes], np.int64)
+        kept = np.array([len(c.keep) for c in changes], np.int64)
+        folded = [tuple(position for position, _, _ in c.fold) for c in changes]
+        named = ([c.keep for c in changes], [c.zero for c in changes], folded)
+        fine = all(_all_below(places, ranks) for places in named)
+        if fine and bool(np.all((born >= 0) & (kept + born <= most))):
+            return
+        for index, change in self._ordered:  # names what is wrong
+            _check_change(table.sites[index], change, table.ranks[index])
 
 
 def _check_change(site: Site, change: SiteChange, rank: int) -> None:
     folded = tuple(position for position, _, _ in change.fold)
-    for what, positions in (("keep", change.keep), ("zero", change.zero), ("fold", folded)):
-        if len(set(positions)) != len(positions) or any(not 0 <= p < rank for p in positions):
-            raise ValueError(f"{site.name}: {what}={positions} must be distinct positions below its rank {rank}")
+    for what, places in (("keep", change.keep), ("zero", change.zero), ("fold", folded)):
+        if len(set(places)) != len(places) or any(not 0 <= p < rank for p in places):
+            raise ValueError(f"{site.name}: {what}={places} must be distinct positions below its rank {rank}")
     new_rank = len(change.keep) + change.born
     if change.born < 0 or new_rank > site.max_rank:
         raise ValueError(f"{site.name}: rank {new_rank} after the plan; allowed 0 .. {site.max_rank} (min(in, out))")
+
+
+@lru_cache(maxsize=1024)
+def positions(rank: int) -> tuple[int, ...]:
+    """0 .. rank - 1: the `keep` of a site that keeps all; one object for each rank."""
+    return tuple(range(rank))
 
 
 def identity_plan(table: RankTable) -> RankPlan:
@@ -242,7 +339,7 @@ def prune_and_grow(
         born[site] = born.get(site, 0) + 1
     changes = {
         i: SiteChange(
-            keep=tuple(p for p in range(table.ranks[i]) if p not in out.get(i, ())),
+            keep=tuple(p for p in range(table.ranks[i]) if p not in out[i]) if i in out else positions(table.ranks[i]),
             born=born.get(i, 0),
         )
         for i in sorted(out.keys() | born.keys())
@@ -256,5 +353,38 @@ def named_seed(*names: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+def _sha256(content: Any) -> bytes:
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()
+
+
+def _sha256_of_numbers(head: bytes, arrays: Iterable[NDArray[Any]]) -> str:
+    """Over the bytes of a head and of arrays, each with its length before it; little-endian on every machine."""
+    digest = hashlib.sha256(head)
+    for array in arrays:
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _flat(tuples: Iterable[tuple[int, ...]]) -> Integers:
+    return np.fromiter(chain.from_iterable(tuples), np.int64)
+
+
+def _counted(tuples: Sequence[tuple[int, ...]]) -> tuple[Integers, Integers]:
+    """The lengths of the tuples, and all their numbers in a row."""
+    return np.fromiter(map(len, tuples), np.int64, len(tuples)), _flat(tuples)
+
+
+def _distinct(owners: Integers, values: Integers) -> bool:
+    """Has no owner a value twice? Values >= 0."""
+    if not len(values):
+        return True
+    keys = np.sort(owners * (int(values.max()) + 1) + values)
+    return bool(np.all(keys[1:] != keys[:-1]))
+
+
+def _all_below(tuples: Sequence[tuple[int, ...]], limits: Integers) -> bool:
+    """Are each tuple's numbers distinct, >= 0 and below its limit?"""
+    counts, values = _counted(tuples)
+    owners = np.repeat(np.arange(len(tuples)), counts)
+    return bool(np.all((values >= 0) & (values < limits[owners]))) and _distinct(owners, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -104,12 +105,10 @@ def _numbers(result: StepResult) -> dict[str, float]:
 
 def _write_scores(path: Path, table: RankTable, scores: Tensor) -> None:
     """Mean score of each site before the event, and its rank then."""
-    means = [
-        scores[start:stop].mean() if stop > start else scores.new_zeros(())
-        for start, stop in zip(table.offsets, table.offsets[1:], strict=False)
-    ]
+    sums = np.bincount(table.owners, scores.numpy(), minlength=len(table.sites))
+    means = torch.from_numpy(sums / np.maximum(table.rank_array, 1))
     try:  # a full disk costs the picture of the scores, not the run
         path.parent.mkdir(exist_ok=True)
-        save_file({"mean_score": torch.stack(means), "rank": torch.tensor(table.ranks)}, path)
+        save_file({"mean_score": means, "rank": torch.tensor(table.ranks)}, path)
     except (OSError, SafetensorError) as error:
         _logger.error("%s was not written (%s); the run goes on", path, error)

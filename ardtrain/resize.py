@@ -1,4 +1,4 @@
-"""One resize on one page: decide (by the method) -> agree -> capture -> repack -> rebuild.
+"""One resize on one page: decide (by the method) -> agree -> gather and repack, array by array -> rebuild.
 
 Resume, and starting from a checkpoint of another world size, enter the same road at *rebuild* with the identity plan.
 All of it happens on every process or on none: what can fail (a bad plan, memory) fails before the old engine goes.
@@ -25,7 +25,7 @@ from ardtrain.arena import (
     repack_components,
 )
 from ardtrain.collectives import World
-from ardtrain.engines import AdamSettings, AdapterEngine, FullState
+from ardtrain.engines import MOMENTS, AdamSettings, AdapterEngine, FullState
 from ardtrain.methods.base import Binding, Method, StateKind
 from ardtrain.ranks import Dense, RankPlan, RankTable
 
@@ -46,34 +46,63 @@ class Snapshot:
     sites: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Turn:
+    """One plan applied to one array after another, each by one pass into new memory. Pure; arrays may be live.
+
+    Survivors keep master, moments, age and statistics to the bit (-0.0 becomes 0.0). Newborn: weights from the method
+    (contribution exactly zero), first moment 0, second moment the mean of their site's survivors, age and statistics 0.
+    """
+
+    def __init__(
+        self, table: RankTable, old: ArenaLayout, plan: RankPlan, newborn: Newborn, *, seed: int, step: int
+    ) -> None:
+        """Raises ValueError where the plan does not fit the table."""
+        self.table = plan.apply(table)
+        self.layout = ArenaLayout(self.table, old.parts, old.dense)
+        self._repacking = Repacking(old, self.layout)
+        self._born = self._repacking.source < 0
+        self._plan, self._newborn, self._names = plan, newborn, {"seed": seed, "step": step}
+
+    def master(self, flat: Tensor) -> Tensor:
+        """[N_new] from the weights [N_old]."""
+        out = self._repacking.apply(flat)
+        fill_newborn(out, self.layout, self._born, self._newborn, **self._names)
+        edit_survivors(out, self.layout, self._plan)
+        return out
+
+    def moment(self, name: str, flat: Tensor) -> Tensor:
+        """[N_new] from one of Adam's moments [N_old]."""
+        out = self._repacking.apply(flat)
+        if name == "exp_avg_sq":
+            fill_newborn_second_moment(out, self.layout, self._born)
+        return out
+
+    def entries(self, flat: Tensor) -> Tensor:
+        """[N_new] from a method's per-entry array [N_old]; what lies behind its last component may be missing."""
+        return self._repacking.apply(flat)
+
+    def components(self, values: Tensor) -> Tensor:
+        """[R_new, ...] from ages or a method's per-component array [R_old, ...]."""
+        return repack_components(values, self._repacking.source)
+
+
 def repack_snapshot(
     snapshot: Snapshot, old: ArenaLayout, plan: RankPlan, newborn: Newborn, *, seed: int, step: int
 ) -> tuple[Snapshot, ArenaLayout]:
-    """The snapshot after the plan, and its layout. Pure.
-
-    Survivors keep master, moments, age and statistics to the bit. Newborn: weights from the method (contribution
-    exactly zero), first moment 0, second moment the mean of their site's survivors, age and statistics 0.
-    """
-    table = plan.apply(snapshot.table)
-    layout = ArenaLayout(table, old.parts, old.dense)
-    repacking = Repacking(old, layout)
-    born = repacking.source < 0
-    master = repacking.apply(snapshot.full.master)
-    fill_newborn(master, layout, born, newborn, seed=seed, step=step)
-    exp_avg_sq = repacking.apply(snapshot.full.exp_avg_sq)
-    fill_newborn_second_moment(exp_avg_sq, layout, born)
-    edit_survivors(master, layout, plan)
-    full = FullState(master, repacking.apply(snapshot.full.exp_avg), exp_avg_sq, snapshot.full.steps)
+    """The snapshot after the plan, and its layout: `Turn` applied to all of it. Pure."""
+    turn = Turn(snapshot.table, old, plan, newborn, seed=seed, step=step)
+    exp_avg, exp_avg_sq = (turn.moment(name, getattr(snapshot.full, name)) for name in MOMENTS)
+    full = FullState(turn.master(snapshot.full.master), exp_avg, exp_avg_sq, snapshot.full.steps)
     return (
         Snapshot(
-            table,
+            turn.table,
             full,
-            repack_components(snapshot.age, repacking.source),
-            {name: repacking.apply(values) for name, values in snapshot.entries.items()},
-            {name: repack_components(v, repacking.source) for name, v in snapshot.components.items()},
+            turn.components(snapshot.age),
+            {name: turn.entries(values) for name, values in snapshot.entries.items()},
+            {name: turn.components(values) for name, values in snapshot.components.items()},
             dict(snapshot.sites),
         ),
-        layout,
+        turn.layout,
     )
 
 
@@ -82,18 +111,20 @@ def edit_survivors(master: Tensor, layout: ArenaLayout, plan: RankPlan) -> None:
 
     A position that leaves is not edited.
     """
+    zeroed: list[int] = []
     for index, change in plan.changes.items():
         if not (change.zero or change.fold):
             continue
-        where = {p: i for i, p in enumerate(change.keep)}
-        rows = layout.site_rows(master, index)
-        zeroed = [where[p] for p in change.zero if p in where]
-        if zeroed:
-            rows["diagonal"][zeroed] = 0.0
+        site = layout.table.sites[index]
+        where = {p: i for i, p in enumerate(change.keep, layout.table.offsets[index])}
+        zeroed += [where[p] for p in change.zero if p in where]
         for position, part, factors in change.fold:
             if position in where:
-                row = rows[part][where[position]]
+                start = int(layout.row_starts(part)[where[position]])
+                row = master[start : start + layout.parts(site)[part]]
                 row.view(len(factors), -1).mul_(row.new_tensor(factors)[:, None])
+    if zeroed:  # a diagonal's row is one number
+        master[torch.from_numpy(layout.row_starts("diagonal")[zeroed]).to(master.device)] = 0.0
 
 
 def start_snapshot(
@@ -179,34 +210,57 @@ class LiveArena:
         self.build(snapshot, layout)
 
     def build(self, snapshot: Snapshot, layout: ArenaLayout) -> None:
-        """Makes the engine and writes everything trained into it. A checkpoint load enters here."""
-        device = self.world.device
+        """Makes the engine and writes a copy of everything trained into it. A checkpoint load enters here."""
+        device, full = self.world.device, snapshot.full
         self.table, self.layout = snapshot.table, layout
-        self.engine = AdapterEngine(snapshot.full.master, config=self._engine_config, adam=self._adam, device=device)
-        self.engine.restore(snapshot.full)
-        self.shard = Shard(layout, self.world.global_rank, self.world.world_size)
-        self.age = snapshot.age.clone()
-        state = {name: self.shard.take(full).clone().to(device) for name, full in snapshot.entries.items()}
+        self._make_engine(full.master.clone())
+        self.engine.set_moments({name: getattr(full, name).clone() for name in MOMENTS}, full.steps)
+        self.shard = self._deal(layout)
+        state = {name: self._own(self.shard, values.to(device)).clone() for name, values in snapshot.entries.items()}
         state |= {name: values.clone().to(device) for name, values in snapshot.components.items()}
         state |= {name: values.clone() for name, values in snapshot.sites.items()}  # few: they stay on the host
-        self.state = state
-        self.method.bind(Binding(self.table, self.shard, self.age, self.state))
+        self._bind(snapshot.age.clone(), state)
+
+    def _make_engine(self, master: Tensor) -> None:
+        self.engine = AdapterEngine(master, config=self._engine_config, adam=self._adam, device=self.world.device)
+
+    def _deal(self, layout: ArenaLayout) -> Shard:
+        return Shard(layout, self.world.global_rank, self.world.world_size)
+
+    def _own(self, shard: Shard, full: Tensor) -> Tensor:
+        """This process's part [n] of a per-entry array [N]; the array itself where one process holds it all."""
+        own = shard.take(full)
+        return own if self.world.world_size == 1 else own.clone()
+
+    def _bind(self, age: Tensor, state: dict[str, Tensor]) -> None:
+        self.age, self.state = age, state
+        self.method.bind(Binding(self.table, self.shard, age, state))
+
+    def _gather(self, name: str) -> Tensor:
+        """[N] one of the method's per-entry arrays, gathered. All processes must call this."""
+        full = torch.zeros(self.layout.size, device=self.state[name].device)
+        self.shard.put(self.state[name], full)
+        return self.world.merge(full)
+
+    def _entries(self, name: str) -> Tensor:
+        """What `Turn.entries` may read: the live array where one process holds it all. All processes must call this."""
+        whole = self.world.world_size == 1 and not self.dense and len(self.shard.slices) == 1
+        return self.state[name] if whole else self._gather(name)
+
+    def _named(self, *wanted: str) -> list[str]:
+        """Names of the method's arrays of these kinds."""
+        kinds = self.method.state_tensors().items()
+        return [name for name, kind in kinds if (kind if isinstance(kind, str) else "per_site") in wanted]
 
     def capture(self) -> Snapshot:
-        """Full tensors of everything trained, on the host, the same on every process."""
-        kinds = self.method.state_tensors()
-        entries = {}
-        for name in (n for n, kind in kinds.items() if kind == "per_entry"):
-            full = torch.zeros(self.layout.size, device=self.world.device)
-            self.shard.put(self.state[name], full)
-            entries[name] = self.world.merge(full).cpu()
+        """Copies of everything trained as full tensors on the host, the same on every process."""
         return Snapshot(
             self.table,
             self.engine.capture(),
             self.age.clone(),
-            entries,
-            {n: self.state[n].cpu().clone() for n, kind in kinds.items() if kind == "per_component"},
-            {n: self.state[n].clone() for n, kind in kinds.items() if kind == "per_site" or isinstance(kind, int)},
+            {name: self._gather(name).cpu() for name in self._named("per_entry")},
+            {name: self.state[name].cpu().clone() for name in self._named("per_component")},
+            {name: self.state[name].clone() for name in self._named("per_site")},
         )
 
     def scores(self, step: int) -> Tensor | None:
@@ -215,31 +269,59 @@ class LiveArena:
         return None if local is None else self.world.merge(local).cpu()
 
     def apply(self, plan: RankPlan, *, step: int) -> ResizeRecord:
-        """One resize. Raises RuntimeError on every process when they disagree, before anything is changed."""
+        """One resize. Raises RuntimeError on every process when they disagree, before anything is changed.
+
+        Arrays stay on the device where they are used, and are gathered and repacked one by one. All new ones exist
+        before the old engine goes.
+        """
         seconds: dict[str, float] = {}
         with _timed(seconds, "agree"):
             self.world.agree("rank plan", plan.digest, step=step)
         before = self.table
         if not plan.reshapes(before):
             with _timed(seconds, "edit"):
-                plan.apply(before)  # checks it
+                plan.check(before)
                 weights = self.engine.weights.clone()
                 edit_survivors(weights, self.layout, plan)
                 self.engine.set_weights(weights)
             return ResizeRecord(before, before, plan, seconds)
-        with _timed(seconds, "capture"):
-            snapshot = self.capture()
+        with _timed(seconds, "layout"):
+            turn = Turn(before, self.layout, plan, self.method.init, seed=self.seed, step=step)
+            shard = self._deal(turn.layout)
         with _timed(seconds, "repack"):
-            snapshot, layout = repack_snapshot(snapshot, self.layout, plan, self.method.init, seed=self.seed, step=step)
+            master = turn.master(self.engine.weights)
+        moments, state = {}, {}
+        for name in MOMENTS:
+            with _timed(seconds, "gather"):
+                full = self.engine.moment(name)
+            with _timed(seconds, "repack"):
+                moments[name] = turn.moment(name, full)
+        for name in self._named("per_entry"):
+            with _timed(seconds, "gather"):
+                full = self._entries(name)
+            with _timed(seconds, "method"):
+                state[name] = self._own(shard, turn.entries(full))
+        with _timed(seconds, "method"):
+            state |= {name: turn.components(self.state[name]) for name in self._named("per_component")}
+            state |= {name: self.state[name] for name in self._named("per_site")}
+            age = turn.components(self.age)
+        steps = self.engine.steps
+        del full
         with _timed(seconds, "destroy"):
             self.engine.destroy()
+            self.state.clear()  # the method's old arrays go too
         with _timed(seconds, "rebuild"):
-            self.build(snapshot, layout)
+            self.table, self.layout, self.shard = turn.table, turn.layout, shard
+            self._make_engine(master)
+        with _timed(seconds, "restore"):
+            self.engine.set_moments(moments, steps)
+            self._bind(age, state)
         return ResizeRecord(before, self.table, plan, seconds)
 
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the time inside to a cause."""
     start = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

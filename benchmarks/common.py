@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import socket
 import statistics
 import time
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ardtrain.backbones import find_sites
 from ardtrain.collectives import World
 from ardtrain.engines import start_deepspeed
 
@@ -25,16 +27,22 @@ SHAPES = {
     "256x8": (256, 8, 8, 4, 688, 2048),
     "60m": (512, 12, 8, 8, 1408, 32000),
     "8b": (4096, 32, 32, 8, 14336, 128256),
+    "70b": (8192, 80, 64, 8, 28672, 128256),
 }
 
 
-def random_llama(shape, *, dtype, device="cpu"):
-    """A frozen random Llama of a named shape, tied embeddings below 1B."""
+def llama_config(shape):
+    """The config of a Llama of a named shape, tied embeddings below 1B."""
     hidden, layers, heads, kv_heads, mlp, vocab = SHAPES[shape]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=hidden < 4096, use_cache=False,
     )  # fmt: skip
+
+
+def random_llama(shape, *, dtype, device="cpu"):
+    """A frozen random Llama of a named shape; on the meta device it has no numbers."""
+    config = llama_config(shape)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -44,6 +52,19 @@ def random_llama(shape, *, dtype, device="cpu"):
     finally:
         torch.set_default_dtype(before)
     return model.requires_grad_(False)
+
+
+def linear_sites(shape, *, r):
+    """All linear sites of a Llama of a named shape and r for each, without its weights."""
+    model = random_llama(shape, dtype=torch.bfloat16, device="meta")
+    return find_sites(
+        model, target_modules="all-linear", exclude_modules=None, r=r, lora_alpha=2.0 * r, tower_settings={}
+    )
+
+
+def peak_bytes():
+    """Most resident memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def join_world():

@@ -1,24 +1,46 @@
 """What one resize costs, split by cause, beside one optimizer step and beside what its bytes cost.
 
 python -m benchmarks.resize [--shape 60m | --model DIR] [--bf16] [--stage 3] [--events 10] [--out FILE]
+python -m benchmarks.resize --adapters-only --shape 70b --r 17.5 [--moved 64] [--events 10] [--out FILE]
 
+The second form has no backbone and no step: the sites come from the model's shapes, their numbers are random. A rank
+of 17.5 is 17 and 18 in turns, layer by layer. Its seconds are those of the processor (one thread, the kernel's work
+included): on a busy machine they say what a quiet one would take.
 `bytes_seconds`: the least time the same data needs, measured: master, both moments and ElaLoRA's two averages copied
 once to the host and once back (on a CPU: two copies). `beside_bytes_seconds` is the resize less that.
 """
+
+import math
+import re
+import time
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 from ardtrain.adapters import attach
 from ardtrain.backbones import ModelSource, find_sites, load_model
-from ardtrain.engines import AdamSettings, BackboneEngine
+from ardtrain.engines import MOMENTS, AdamSettings, BackboneEngine
 from ardtrain.methods.elalora import ElaLora, ElaLoraSettings
 from ardtrain.ranks import RankTable
 from ardtrain.resize import LiveArena
 from ardtrain.trainer import LoopSettings, Trainer
-from benchmarks.common import SHAPES, described, join_world, machine, parser, random_llama, summary, timed, write
+from benchmarks.common import (
+    SHAPES,
+    described,
+    join_world,
+    linear_sites,
+    machine,
+    parser,
+    peak_bytes,
+    random_llama,
+    summary,
+    timed,
+    write,
+)
 from tests.tiny import TokenBatches
 
-CAUSES = ("agree", "capture", "repack", "destroy", "rebuild")
+CAUSES = ("agree", "layout", "gather", "repack", "method", "destroy", "rebuild", "restore")
 
 
 def settings(total_steps, dtype):
@@ -31,6 +53,51 @@ def settings(total_steps, dtype):
     )  # fmt: skip
 
 
+def make_arena(world, *, total_steps, moved):
+    """An arena of ElaLoRA that moves so many components at every step after the first, not yet started."""
+    method = ElaLora(
+        ElaLoraSettings(
+            total_steps=total_steps, b=moved, k=2, init_warmup=1, final_warmup=1, mask_interval=1,
+            enable_scheduler=False, beta1=0.85, beta2=0.85, reg_orth_coef=0.1, reg_orth_form="mean_norm",
+            allow_swap=True, newborn_immunity=False, newborn_norm="mean",
+        )
+    )  # fmt: skip
+    batch = {"train_batch_size": world.world_size, "train_micro_batch_size_per_gpu": 1}
+    adapter = {**batch, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
+    return LiveArena(method, world=world, engine_config=adapter, adam=AdamSettings(), seed=0)
+
+
+def adapters_only(arguments, world):
+    """Events of an arena without a model: random weights, moments and averages, plans by random scores."""
+    sites, _ = linear_sites(arguments.shape, r=math.ceil(arguments.r))
+    layers = [int(re.search(r"layers\.(\d+)\.", site.module).group(1)) for site in sites]
+    ranks = [math.floor(arguments.r * (n + 1)) - math.floor(arguments.r * n) for n in layers]
+    arena = make_arena(world, total_steps=arguments.events + 4, moved=arguments.moved)
+    arena.start(RankTable.start(sites, ranks))
+    generator = torch.Generator(world.device).manual_seed(0)
+    for name in MOMENTS:
+        arena.engine.moment(name).uniform_(0.0, 1e-3, generator=generator)
+    for values in arena.state.values():
+        values.uniform_(0.0, 1e-3, generator=generator)
+    resizes, scores, decisions, wall = [], [], [], []
+    for step in range(2, arguments.events + 3):
+        times = [time.process_time()]
+        own = arena.scores(step)
+        times.append(time.process_time())
+        plan = arena.method.plan(step, own)
+        times.append(time.process_time())
+        start = time.perf_counter()
+        with mock.patch("ardtrain.resize.time", SimpleNamespace(perf_counter=time.process_time)):
+            resizes.append(arena.apply(plan, step=step).seconds)
+        wall.append(time.perf_counter() - start)
+        scores.append(times[1] - times[0])
+        decisions.append(times[2] - times[1])
+    return arena, resizes[1:], {
+        "clock": "processor", "moved": arguments.moved, "scores_seconds": summary(scores[1:]),
+        "plan_seconds": summary(decisions[1:]), "wall_seconds": summary(wall[1:]),
+    }  # fmt: skip
+
+
 def build(arguments, world):
     """A trainer of ElaLoRA on all linear layers with an event every step after the first two."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
@@ -40,7 +107,7 @@ def build(arguments, world):
         model = random_llama(arguments.shape, dtype=dtype, device=world.device)
     vocab = model.config.vocab_size
     sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=arguments.r, lora_alpha=2.0 * arguments.r,
+        model, target_modules="all-linear", exclude_modules=None, r=int(arguments.r), lora_alpha=2.0 * int(arguments.r),
         tower_settings={},
     )  # fmt: skip
     adapters = attach(model, sites, dropout={})
@@ -50,15 +117,8 @@ def build(arguments, world):
         backbone["bf16"] = {"enabled": True}
     engine = BackboneEngine(model, stage=arguments.stage, config=backbone, device=world.device)
     total_steps = arguments.events + 4
-    method = ElaLora(
-        ElaLoraSettings(
-            total_steps=total_steps, b=8, k=2, init_warmup=1, final_warmup=1, mask_interval=1, enable_scheduler=False,
-            beta1=0.85, beta2=0.85, reg_orth_coef=0.1, reg_orth_form="mean_norm", allow_swap=True,
-            newborn_immunity=False, newborn_norm="mean",
-        )
-    )  # fmt: skip
-    adapter = {**batch, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
-    arena = LiveArena(method, world=world, engine_config=adapter, adam=AdamSettings(), seed=0)
+    arena = make_arena(world, total_steps=total_steps, moved=8)
+    method = arena.method
     arena.start(RankTable.start(sites, ranks))
     model.train()
     grains = max(2, world.world_size)
@@ -66,17 +126,23 @@ def build(arguments, world):
     return Trainer(settings(total_steps, dtype), world, engine, adapters, arena, method, data)
 
 
-def bytes_seconds(numbers, device):
-    """Copying five arrays of the arena's length to the host and back, at least of 5 tries each."""
-    arrays = [torch.zeros(numbers, device=device) for _ in range(5)]
-    hosts = [torch.zeros(numbers) for _ in range(5)]
+def bytes_seconds(numbers, device, clock=timed):
+    """Copying an array of the arena's length to the host and back five times, at least of 5 tries."""
+    array, host = torch.zeros(numbers, device=device), torch.zeros(numbers)
 
     def there_and_back():
-        for host, array in zip(hosts, arrays, strict=True):
+        for _ in range(5):
             host.copy_(array)
             array.copy_(host)
 
-    return min(timed(there_and_back, device) for _ in range(5))
+    return min(clock(there_and_back, device) for _ in range(5))
+
+
+def processor_timed(function, device):
+    """Processor seconds of one call on the host."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 def main():
@@ -86,12 +152,39 @@ def main():
     options.add_argument("--model", help="a model folder instead of a random one")
     options.add_argument("--bf16", action="store_true")
     options.add_argument("--stage", type=int, default=3, choices=(0, 3))
-    options.add_argument("--r", type=int, default=8)
+    options.add_argument("--adapters-only", action="store_true", help="no backbone: see above")
+    options.add_argument("--moved", type=int, default=64, help="components moved in an event, with --adapters-only")
+    options.add_argument("--r", type=float, default=8)
     options.add_argument("--rows", type=int, default=2)
     options.add_argument("--length", type=int, default=128)
     options.add_argument("--events", type=int, default=10)
     arguments = options.parse_args()
     world = join_world()
+    if arguments.adapters_only:
+        arena, resizes, measured = adapters_only(arguments, world)
+    else:
+        arena, resizes, measured = in_training(arguments, world)
+    total = summary([sum(r.values()) for r in resizes])
+    size, table, trained = arena.layout.size, arena.table, arena.layout.num_trained
+    arena.engine.destroy()
+    floor = bytes_seconds(size, world.device, processor_timed if arguments.adapters_only else timed)
+    result = {
+        "benchmark": "resize", "machine": machine(), "arguments": described(arguments), "processes": world.world_size,
+        "trained_numbers": trained, "sites": len(table.sites), "components": table.total,
+        "events": len(resizes), "resize_seconds": total,
+        "by_cause": {c: summary([r[c] for r in resizes]) for c in CAUSES},
+        "bytes_seconds": floor, "beside_bytes_seconds": total["median"] - floor, "peak_memory_bytes": peak_bytes(),
+        **measured,
+    }  # fmt: skip
+    if "step_seconds" in result:
+        result["resize_over_step"] = total["median"] / result["step_seconds"]["median"]
+    if world.is_main:
+        write(result, arguments.out)
+    world.leave()
+
+
+def in_training(arguments, world):
+    """Events of a trainer, and what its steps take beside them."""
     trainer = build(arguments, world)
     steps, records, allocator = [], [], []
     for _ in range(arguments.events + 3):
@@ -102,20 +195,7 @@ def main():
         allocator.append(trainer.clock.seconds("allocator") - before)
         steps.append(seconds - allocator[-1])
     resizes = [r.seconds for r in records][1:]  # the first pays for what is made once
-    totals = [sum(r.values()) for r in resizes]
-    floor = bytes_seconds(trainer.arena.layout.size, world.device)
-    step, total = summary(steps[2:]), summary(totals)
-    result = {
-        "benchmark": "resize", "machine": machine(), "arguments": described(arguments), "processes": world.world_size,
-        "trained_numbers": trainer.arena.layout.num_trained, "events": len(resizes),
-        "step_seconds": step, "resize_seconds": total,
-        "by_cause": {c: summary([r[c] for r in resizes]) for c in CAUSES},
-        "bytes_seconds": floor, "beside_bytes_seconds": total["median"] - floor,
-        "resize_over_step": total["median"] / step["median"],
-    }  # fmt: skip
-    if world.is_main:
-        write(result, arguments.out)
-    world.leave()
+    return trainer.arena, resizes, {"step_seconds": summary(steps[2:])}
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ on training and may come back until the mask is fixed; at the end masked compone
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from ardtrain import schedule
 from ardtrain.methods.base import Binding, FixedRank, Needs, StateKind, Statistics
 from ardtrain.methods.diagonal import diagonal_entries, first_rows, orthogonality_penalty
 from ardtrain.methods.sensitivity import component_scores, observe_sensitivity
-from ardtrain.ranks import RankPlan, RankTable, Site, SiteChange, prune_and_grow
+from ardtrain.ranks import RankPlan, RankTable, Site, SiteChange, positions, prune_and_grow
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class AdaLora(FixedRank):
         if step < self._fixing_step:
             return mask_plan(table, masked, scores=numbers)
         if step == self.settings.total_steps - 1 or self.settings.compact == "freeze":
-            pairs = [(site, p) for site, positions in by_site(table, masked).items() for p in positions]
+            pairs = [(site, p) for site, places in by_site(table, masked).items() for p in places]
             reason = f"adalora: removed {len(pairs)} masked"
             return prune_and_grow(table, pairs, (), reason=reason, scores=numbers)
         if not again:
@@ -167,17 +167,16 @@ def lowest(scores: Tensor, count: int) -> tuple[list[int], dict[str, float]]:
     ordered = torch.sort(scores, stable=True)
     values = ordered.values[count - 1 : count + 1].tolist()
     numbers = dict(zip(("highest_masked", "lowest_kept"), values, strict=True))
-    return sorted(ordered.indices[:count].tolist()), numbers
+    return ordered.indices[:count].sort().values.tolist(), numbers
 
 
-def by_site(table: RankTable, components: Iterable[int]) -> dict[int, list[int]]:
-    """Site index -> positions in it, from components of the whole table, in their order."""
-    out: dict[int, list[int]] = {}
-    for component in components:
-        # The last site whose first component is not beyond it: sites of rank 0 before that one share its offset.
-        site = bisect_right(table.offsets, component) - 1
-        out.setdefault(site, []).append(component - table.offsets[site])
-    return out
+def by_site(table: RankTable, components: Sequence[int]) -> dict[int, list[int]]:
+    """Site index -> positions in it, from components of the whole table in ascending order."""
+    chosen = np.array(components, np.int64)
+    sites, firsts = np.unique(table.owners[chosen], return_index=True)
+    places = table.places[chosen].tolist()
+    bounds = [*firsts.tolist(), len(places)]
+    return {site: places[a:b] for site, a, b in zip(sites.tolist(), bounds, bounds[1:], strict=False)}
 
 
 def mask_plan(table: RankTable, masked: Sequence[int], *, scores: Mapping[str, float], again: bool = False) -> RankPlan:
@@ -186,8 +185,8 @@ def mask_plan(table: RankTable, masked: Sequence[int], *, scores: Mapping[str, f
     again: the mask of the event before, after one more optimizer step.
     """
     changes = {
-        site: SiteChange(keep=tuple(range(table.ranks[site])), zero=tuple(positions))
-        for site, positions in by_site(table, masked).items()
+        site: SiteChange(keep=positions(table.ranks[site]), zero=tuple(places))
+        for site, places in by_site(table, masked).items()
     }
     reason = f"adalora: masked {len(masked)}, budget {table.total - len(masked)}"
     return RankPlan(table.digest, changes, reason=reason, scores=scores, again=again)

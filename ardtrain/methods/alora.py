@@ -8,14 +8,17 @@ from the loop (`ardtrain.ablation`, AB-LoRA); this file decides. Rules: methods.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ardtrain.methods.base import Needs
 from ardtrain.methods.lora import Lora
-from ardtrain.ranks import RankPlan, RankTable, prune_and_grow
+from ardtrain.ranks import Integers, RankPlan, RankTable, prune_and_grow
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Alora(Lora):
         s, table = self.settings, self.binding.table
         return allocate(
             table,
-            scores.tolist(),
+            scores.numpy(),
             n_a=num_matrix_types(table) if s.n_a is None else s.n_a,
             prune_only_harmful=s.prune_only_harmful,
             revive=s.revive,
@@ -80,7 +83,12 @@ def num_matrix_types(table: RankTable) -> int:
 
 
 def allocate(
-    table: RankTable, scores: Sequence[float], *, n_a: int, prune_only_harmful: bool = False, revive: bool = False
+    table: RankTable,
+    scores: Sequence[float] | NDArray[np.float64],
+    *,
+    n_a: int,
+    prune_only_harmful: bool = False,
+    revive: bool = False,
 ) -> RankPlan | None:
     """One round: the n_a lowest scores leave, and as many join the sites that lost none; None: nothing leaves.
 
@@ -93,39 +101,41 @@ def allocate(
         scores: [R] in table order, relative to an empty component's.
         revive: sites of rank 0 may grow; they have no score and count as empty components, 0.
     """
-    order = sorted(
-        (scores[start + position], index, position)
-        for index, (start, rank) in enumerate(zip(table.offsets, table.ranks, strict=False))
-        for position in range(rank)
-    )
-    pruned = [entry for entry in order[:n_a] if not prune_only_harmful or entry[0] < 0.0]
-    if not pruned:
+    values = np.asarray(scores, np.float64)
+    order = np.argsort(values, kind="stable")  # equal scores in the order of (site, position)
+    pruned = order[:n_a]
+    if prune_only_harmful:
+        pruned = pruned[values[pruned] < 0.0]
+    if not len(pruned):
         return None
-    lost = {index for _, index, _ in pruned}
-    takers = [i for i, rank in enumerate(table.ranks) if i not in lost and (rank > 0 or revive)]
-    takers.sort(key=lambda i: (-_average(table, scores, i), i))
-    grown = _in_turns(takers, [site.max_rank - rank for site, rank in zip(table.sites, table.ranks, strict=True)])
-    grown = grown[: len(pruned)]
-    num_harmful = sum(score < 0.0 for score, _, _ in pruned)
-    numbers = {"highest_pruned": pruned[-1][0], "num_pruned_harmful": float(num_harmful)}
+    may_grow = np.ones(len(table.sites), bool) if revive else table.rank_array > 0
+    may_grow[table.owners[pruned]] = False
+    takers = np.flatnonzero(may_grow)
+    averages = np.array(_averages(table, values.tolist(), takers.tolist()))
+    takers = takers[np.argsort(-averages, kind="stable")]
+    grown = list(islice(_in_turns(takers, table.known_sites.max_ranks - table.rank_array), len(pruned)))
+    num_harmful = int((values[pruned] < 0.0).sum())
+    numbers = {"highest_pruned": float(values[pruned[-1]]), "num_pruned_harmful": float(num_harmful)}
     if len(order) > len(pruned):
-        numbers["lowest_kept"] = order[len(pruned)][0]
+        numbers["lowest_kept"] = float(values[order[len(pruned)]])
     return prune_and_grow(
         table,
-        [(index, position) for _, index, position in pruned],
+        zip(table.owners[pruned].tolist(), table.places[pruned].tolist(), strict=True),
         grown,
         reason=f"alora: pruned {len(pruned)} ({num_harmful} worse than empty), grew {len(grown)}",
         scores=numbers,
     )
 
 
-def _average(table: RankTable, scores: Sequence[float], index: int) -> float:
-    """Mean score of a site's components; 0, an empty component's, for a site without any."""
-    start, stop = table.offsets[index], table.offsets[index + 1]
-    return math.fsum(scores[start:stop]) / (stop - start) if stop > start else 0.0
+def _averages(table: RankTable, scores: Sequence[float], sites: Sequence[int]) -> list[float]:
+    """Mean score of each site's components; 0, an empty component's, for a site without any."""
+    offsets = table.offsets
+    return [math.fsum(scores[offsets[i] : offsets[i + 1]]) / max(1, table.ranks[i]) for i in sites]
 
 
-def _in_turns(takers: Sequence[int], room: Sequence[int]) -> list[int]:
+def _in_turns(takers: Integers, room: Integers) -> Iterator[int]:
     """The takers in turns until all are full."""
-    most = max((room[i] for i in takers), default=0)
-    return [i for turn in range(most) for i in takers if turn < room[i]]
+    turn = 0
+    while len(takers := takers[room[takers] > turn]):
+        yield from takers.tolist()
+        turn += 1

@@ -16,27 +16,30 @@ Letters: U units (heads, or matrices without heads), P alphas (fewer where they 
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ardtrain.methods.base import Binding, FixedRank, Needs, StateKind, Statistics
 from ardtrain.methods.lora import Lora
 from ardtrain.methods.sensitivity import row_sums
 from ardtrain.methods.variation import TvForm, alpha_step, chains_of
-from ardtrain.ranks import RankPlan, RankTable, Site, SiteChange
+from ardtrain.ranks import Integers, RankPlan, RankTable, Site, SiteChange, positions
 
 MIN_GATE_TO_SORT = 0.25  # below it, unfolding the boundary gate would enlarge a row too much (methods.md H10)
 CHECKS = 2  # a site changes its capacity when it was outside its bucket at so many checks in a row (H9)
 RMS_DECAY = 0.9
 MIN_GATE_TO_KEEP = 1e-3  # of a sigmoid, which never closes: below it a component may leave before the freeze
+Folds = tuple[tuple[int, str, tuple[float, ...]], ...]
 _LAMBDA, _COUNT, _SQUARE, _UPDATES, _FROZEN = range(5)  # places in the array `controller`
 
 
@@ -253,8 +256,7 @@ class ArdLora(FixedRank):
 
     def _highest(self) -> Tensor:
         """[P]: alpha at which the unit with the most room is full: capacity, and r_max (H8)."""
-        room = [min(u.r_max, c) for u, c in zip(self.units, self._slots.capacity, strict=True)]
-        return self._by_alpha(torch.tensor(room, dtype=torch.float64) / self._r0, "amax")
+        return self._by_alpha(torch.minimum(self._r_max, self._slots.capacity) / self._r0, "amax")
 
     def _by_alpha(self, by_unit: Tensor, reduce: Literal["amin", "amax"]) -> Tensor:
         """[P] least or most over the units of each alpha, from [U]."""
@@ -301,7 +303,7 @@ class ArdLora(FixedRank):
     def plan(self, step: int, scores: Tensor | None) -> RankPlan | None:
         table, ranks = self.binding.table, self.usable_ranks()
         gates = self.mask(step)
-        logical = [math.ceil(r - 1e-9) for r in ranks.tolist()]
+        logical = torch.ceil(ranks - 1e-9).long().numpy()
         numbers = {
             "continuous_rank": float(ranks.sum()),
             "rounded_rank": float(torch.floor(ranks + 0.5).sum()),
@@ -320,50 +322,62 @@ class ArdLora(FixedRank):
         return RankPlan(table.digest, changes, reason=reason, scores=numbers)
 
     def _resize_changes(
-        self, logical: Sequence[int], gates: Tensor, scores: Tensor, *, first: bool
+        self, logical: NDArray[np.int64], gates: Tensor, scores: Tensor, *, first: bool
     ) -> dict[int, SiteChange]:
         """Sites whose capacity was outside its bucket at two checks in a row, and the order of components anew."""
-        outside, changes = self.binding.state["outside"], {}
-        for index, own in self._slots.by_site(self.units):
-            rank = self.binding.table.ranks[index]
-            by_component = gates[self._slots.first[own[0]] :][: rank * len(own)].view(rank, len(own))
-            open_gates = by_component > (MIN_GATE_TO_KEEP if self.settings.mask == "sigmoid" else 0.0)
-            in_use = int(open_gates.any(dim=1).sum())  # a wide ramp reaches beyond the rank
-            need = max(min(max(logical[u] + 1, in_use), self.units[u].r_max) for u in own)  # one to grow into
-            wanted = bucket(need, self.settings.capacities, self.units[own[0]].r_max)
-            outside[own] = outside[own] + 1 if wanted != rank else 0.0
-            if wanted == rank or not (first or float(outside[own[0]]) >= CHECKS):
-                continue
-            outside[own] = 0.0
-            order: list[int] = list(range(rank))
-            fold: list[tuple[int, str, tuple[float, ...]]] = []
-            if len(own) == 1 and not self._slots.shared_site(self.units, own[0]):
-                start = self.binding.table.offsets[index]
-                order, fold = sorted_components(by_component[:, 0].tolist(), scores[start : start + rank].tolist())
-            changes[index] = SiteChange(tuple(order[:wanted]), born=max(0, wanted - rank), fold=tuple(fold))
+        slots, table = self._slots, self.binding.table
+        heads, sites = slots.heads, slots.sites
+        ranks = table.rank_array[sites]
+        most = np.array([u.r_max for u in self.units])
+        values = gates.numpy()
+        open_gates = values > (MIN_GATE_TO_KEEP if self.settings.mask == "sigmoid" else 0.0)
+        used = np.bincount(slots.component, open_gates, minlength=table.total) > 0
+        in_use = np.bincount(table.owners[used], minlength=len(table.sites))[sites]  # a wide ramp reaches further
+        need = np.minimum(np.maximum(logical + 1, np.repeat(in_use, heads)), most)  # one to grow into
+        needs = np.stack([np.maximum.reduceat(need, slots.firsts), most[slots.firsts]], axis=1)
+        wanted = np.array([cached_bucket(n, self.settings.capacities, m) for n, m in needs.tolist()])
+        outside = self.binding.state["outside"].numpy()
+        outside[:] = np.where(np.repeat(wanted != ranks, heads), outside + 1, 0.0)
+        moved = (wanted != ranks) & (first | (outside[slots.firsts] >= CHECKS))
+        outside[np.repeat(moved, heads)] = 0.0
+        chosen = np.flatnonzero(moved)
+        single = moved & (heads == 1)
+        gates_of, scores_of = values[np.repeat(single, ranks * heads)], scores.numpy()[np.repeat(single, ranks)]
+        sorted_ones = sorted_components(gates_of, scores_of, ranks[single])
+        orders = dict(zip(sites[single].tolist(), sorted_ones, strict=True))
+        changes = {}
+        for site, rank, target in np.stack([sites, ranks, wanted], axis=1)[chosen].tolist():
+            order, fold = orders.get(site, (positions(rank), ()))
+            changes[site] = SiteChange(order[:target], born=max(0, target - rank), fold=fold)
         return changes
 
     def _frozen_changes(self, final: Sequence[int], gates: Tensor) -> dict[int, SiteChange]:
         """Each unit's final rank; gates become factors of B (of A where heads share B)."""
+        slots, table = self._slots, self.binding.table
+        wanted = np.maximum.reduceat(np.array(final, np.int64), slots.firsts)
+        values = gates.numpy()
+        # Components that stay and have a gate to fold; in ascending order.
+        folded = np.unique(slots.component[values != 1.0])
+        by_site = np.zeros(len(table.sites), np.int64)
+        by_site[slots.sites] = wanted
+        folded = folded[table.places[folded] < by_site[table.owners[folded]]]
+        folds: dict[int, list[tuple[int, str, tuple[float, ...]]]] = {}
+        numbers = values.tolist()
+        for site, position in zip(table.owners[folded].tolist(), table.places[folded].tolist(), strict=True):
+            unit = self.units[slots.unit_of[site]]
+            count = slots.heads_of[site]
+            gate = slots.gate_of[site] + position * count
+            folds.setdefault(site, []).append((position, unit.folds, tuple(numbers[gate : gate + count])))
         changes = {}
-        for index, own in self._slots.by_site(self.units):
-            rank = self.binding.table.ranks[index]
-            unit = self.units[own[0]]
-            wanted = max(final[u] for u in own)
-            by_component = gates[self._slots.first[own[0]] :][: rank * len(own)].view(rank, len(own))
-            fold = [
-                (i, unit.folds, tuple(factors))
-                for i, factors in enumerate(by_component.tolist())
-                if i < wanted and any(f != 1.0 for f in factors)
-            ]
-            if wanted != rank or fold:
-                changes[index] = SiteChange(
-                    tuple(range(min(rank, wanted))), born=max(0, wanted - rank), fold=tuple(fold)
-                )
+        for site, target in zip(slots.sites.tolist(), wanted.tolist(), strict=True):
+            rank = table.ranks[site]
+            if target != rank or site in folds:
+                keep = positions(min(rank, target))
+                changes[site] = SiteChange(keep, born=max(0, target - rank), fold=tuple(folds.get(site, ())))
         return changes
 
     def _all_open(self) -> bool:
-        return all(c == u.r0 for c, u in zip(self._slots.capacity, self.units, strict=True))
+        return bool((self._slots.capacity == self._r0).all())
 
     def _hard_mask(self) -> Tensor:
         """[G] 0 or 1 after the freeze where heads share components: a head keeps the rank it had at the freeze."""
@@ -454,42 +468,49 @@ def layer_of(module: str) -> str:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where the gates stand, in table order: unit [G], place within the unit [G]; first gate of each unit's site.
+    """Where the gates stand, in table order: unit [G], place within the unit [G], component [G].
 
-    capacity: [U] components of each unit's site. shared: do heads share components anywhere?
+    capacity: [U] float64, components of each unit's site. sites: those with units; firsts, heads: the first unit and
+    the number of units of each of them. gate_of, unit_of, heads_of: site -> its first gate, first unit, its units.
+    shared: do heads share components anywhere?
     """
 
     unit: Tensor
     place: Tensor
-    first: list[int]
-    capacity: list[int]
+    component: Integers
+    capacity: Tensor
+    sites: Integers
+    firsts: Integers
+    heads: Integers
+    gate_of: Mapping[int, int]
+    unit_of: Mapping[int, int]
+    heads_of: Mapping[int, int]
     shared: bool
-
-    def by_site(self, units: Sequence[Unit]) -> list[tuple[int, list[int]]]:
-        """(site, its units)."""
-        grouped = itertools.groupby(range(len(units)), key=lambda u: units[u].site)
-        return [(site, list(own)) for site, own in grouped]
-
-    def shared_site(self, units: Sequence[Unit], unit: int) -> bool:
-        """Does this unit's site have more than one unit?"""
-        site = units[unit].site
-        return any(0 <= n < len(units) and units[n].site == site for n in (unit - 1, unit + 1))
 
 
 def make_slots(units: Sequence[Unit], table: RankTable) -> Slots:
     """The gates of a table: one a component, or one a component and head, heads last."""
-    unit: list[int] = []
-    place: list[int] = []
-    first: list[int] = []
-    shared = False
-    for site, group in itertools.groupby(range(len(units)), key=lambda u: units[u].site):
-        own = list(group)
-        shared |= len(own) > 1
-        first += [len(unit)] * len(own)
-        for i in range(table.ranks[site]):
-            unit += own
-            place += [i] * len(own)
-    return Slots(torch.tensor(unit), torch.tensor(place), first, [table.ranks[u.site] for u in units], shared)
+    owner = np.array([u.site for u in units], np.int64)
+    sites, firsts, heads = np.unique(owner, return_index=True, return_counts=True)
+    ranks = table.rank_array[sites]
+    component = np.repeat(np.arange(table.total), heads[np.searchsorted(sites, table.owners)])
+    first_gates = np.cumsum(ranks * heads) - ranks * heads
+    within = np.arange(len(component)) - np.repeat(first_gates, ranks * heads)
+    head = within % np.repeat(heads, ranks * heads)
+    keys = sites.tolist()
+    return Slots(
+        unit=torch.from_numpy(np.repeat(firsts, ranks * heads) + head),
+        place=torch.from_numpy(within // np.repeat(heads, ranks * heads)),
+        component=component,
+        capacity=torch.from_numpy(table.rank_array[owner].astype(np.float64)),
+        sites=sites,
+        firsts=firsts,
+        heads=heads,
+        gate_of=dict(zip(keys, first_gates.tolist(), strict=True)),
+        unit_of=dict(zip(keys, firsts.tolist(), strict=True)),
+        heads_of=dict(zip(keys, heads.tolist(), strict=True)),
+        shared=bool((heads > 1).any()),
+    )
 
 
 # ---- formulas ----
@@ -506,7 +527,7 @@ def ramp(ranks: Tensor, place: Tensor, width: float) -> tuple[Tensor, Tensor]:
     return position.clamp(0.0, 1.0), inside.double() / width
 
 
-def bucket(need: int, capacities: Sequence[int] | None, most: int) -> int:
+def bucket(need: int, capacities: tuple[int, ...] | None, most: int) -> int:
     """The smallest capacity that holds `need` components, at most `most`.
 
     Default capacities: 1 to 8 one by one, then four from each power of two to the next (10, 12, 14, 16, 20, 24, ...).
@@ -517,28 +538,45 @@ def bucket(need: int, capacities: Sequence[int] | None, most: int) -> int:
     return min(most, next((c for c in sorted(capacities) if c >= need), most))
 
 
+cached_bucket = lru_cache(maxsize=4096)(bucket)
+
+
 def sorted_components(
-    gates: Sequence[float], scores: Sequence[float]
-) -> tuple[list[int], list[tuple[int, str, tuple[float, ...]]]]:
-    """The unit's components by contribution, largest first, and the factors that keep the function as it is (H10).
+    gates: NDArray[np.float64], scores: NDArray[np.float64], ranks: Integers
+) -> list[tuple[tuple[int, ...], Folds]]:
+    """Of each unit its components by contribution, largest first, and the factors that keep the function (H10).
 
     Open components only; with one half-open gate its factor is folded into the row that leaves the boundary and taken
     out of the row that comes to it. Nothing moves where that factor would be below MIN_GATE_TO_SORT, or where several
     gates are half open (a wide ramp, a sigmoid).
+
+    Args:
+        gates, scores: [n] of the units' components, unit after unit. ranks: components of each unit.
     """
-    identity = list(range(len(gates)))
-    half = [i for i, g in enumerate(gates) if 0.0 < g < 1.0]
-    active = sum(g > 0.0 for g in gates)
-    if len(half) > 1 or (half and gates[half[0]] < MIN_GATE_TO_SORT):
-        return identity, []
-    order = sorted(range(active), key=lambda i: (-scores[i] * gates[i], i)) + identity[active:]
-    if not half or order[half[0]] == half[0]:
-        return order, []
-    boundary = half[0]
-    return order, [
-        (boundary, "lora_B", (gates[boundary],)),
-        (order[boundary], "lora_B", (1.0 / gates[boundary],)),
-    ]
+    ends = np.cumsum(ranks)
+    starts = ends - ranks
+    unit = np.repeat(np.arange(len(ranks)), ranks)
+    place = np.arange(len(unit)) - starts[unit]
+    half = (gates > 0.0) & (gates < 1.0)
+    num_half = np.bincount(unit, half, minlength=len(ranks))
+    boundary = np.full(len(ranks), -1)
+    boundary[unit[half]] = np.flatnonzero(half)  # of the only half-open gate, where there is only one
+    factors = np.append(gates, 1.0)[boundary]
+    stays = (num_half > 1) | ((num_half == 1) & (factors < MIN_GATE_TO_SORT))
+    active = np.bincount(unit, gates > 0.0, minlength=len(ranks))[unit] > place
+    key = np.where(active, -scores * gates, np.inf)
+    key[stays[unit]] = 0.0
+    order = place[np.lexsort((key, unit))]
+    leaves, comes = (np.append(numbers, -1)[boundary] for numbers in (place, order))
+    folds = ((num_half == 1) & ~stays & (comes != leaves)).tolist()
+    rows = order.tolist()
+    out: list[tuple[tuple[int, ...], Folds]] = []
+    for start, end, fold, gate, left, came in zip(
+        starts.tolist(), ends.tolist(), folds, factors.tolist(), leaves.tolist(), comes.tolist(), strict=True
+    ):
+        own = ((left, "lora_B", (gate,)), (came, "lora_B", (1.0 / gate,))) if fold else ()
+        out.append((tuple(rows[start:end]), own))
+    return out
 
 
 def project(
@@ -549,21 +587,23 @@ def project(
     A common shift of all ranks by bisection, then components one by one where the fraction is largest. limits: most
     of each.
     """
-    largest = limits or [math.ceil(target)] * len(ranks)
+    values, prices = np.asarray(ranks, np.float64), np.asarray(costs, np.float64)
+    largest = np.asarray(limits or [math.ceil(target)] * len(ranks), np.float64)
 
-    def whole(shift: float) -> list[int]:
-        return [min(most, max(1, math.floor(r + shift))) for r, most in zip(ranks, largest, strict=True)]
+    def whole(shift: float) -> NDArray[np.float64]:
+        return np.minimum(largest, np.maximum(1.0, np.floor(values + shift)))
 
-    def cost(chosen: Sequence[int]) -> float:
-        return sum(n * c for n, c in zip(chosen, costs, strict=True))
+    def cost(chosen: NDArray[np.float64]) -> float:
+        return float(np.cumsum(chosen * prices)[-1])  # one after another, as in table order
 
     low, high = -max(ranks) - 1.0, max(1.0, target)
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(whole(middle)) <= target + 1e-9 else (low, middle)
-    chosen = whole(low)
-    left = target - cost(chosen)
-    by_fraction = sorted(range(len(ranks)), key=lambda i: (-(ranks[i] + low - chosen[i]), i))
+    shifted = whole(low)
+    left = target - cost(shifted)
+    by_fraction = np.argsort(-(values + low - shifted), kind="stable").tolist()
+    chosen = [int(n) for n in shifted.tolist()]
     for i in by_fraction:
         if costs[i] <= left + 1e-9 and chosen[i] < largest[i]:
             chosen[i] += 1

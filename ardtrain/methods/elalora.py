@@ -6,11 +6,14 @@ total is conserved. Formulas: methods.md 2.1 to 2.5; where we differ from the pu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ardtrain import schedule
@@ -120,22 +123,22 @@ class ElaLora(FixedRank):
         immune = self.binding.age.cpu() <= self.settings.mask_interval if self.settings.newborn_immunity else None
         return reallocate(
             self.binding.table,
-            scores.tolist(),
+            scores.numpy(),
             b=self.amount(step),
             k=self.settings.k,
             allow_swap=self.settings.allow_swap,
-            immune=immune.tolist() if immune is not None else None,
+            immune=immune.numpy() if immune is not None else None,
         )
 
 
 def reallocate(
     table: RankTable,
-    scores: Sequence[float],
+    scores: Sequence[float] | NDArray[np.float64],
     *,
     b: int,
     k: int,
     allow_swap: bool = True,
-    immune: Sequence[bool] | None = None,
+    immune: Sequence[bool] | NDArray[np.bool_] | None = None,
 ) -> RankPlan | None:
     """One event: prune the b least important of the pool, grow where the pool's b most important stand.
 
@@ -147,34 +150,35 @@ def reallocate(
         scores: [R] in table order. immune: [R], newborn components that may not be pruned for one interval (ours, 2.8).
         allow_swap: may a site lose and gain in one event (published: yes)?
     """
-    pool: list[tuple[float, int, int]] = []
-    for index, rank in enumerate(table.ranks):
-        start = table.offsets[index]
-        free = [(scores[start + p], index, p) for p in range(rank) if immune is None or not immune[start + p]]
-        pool += sorted(free)[: max(0, min(k, rank - 1))]
-    pool.sort()
-    pruned = pool[:b]
-    lost = {index for _, index, _ in pruned}
-    room = [site.max_rank - rank for site, rank in zip(table.sites, table.ranks, strict=True)]
-    for _, index, _ in pruned:
-        room[index] += 1
+    values = np.asarray(scores, np.float64)
+    free = np.arange(table.total) if immune is None else np.flatnonzero(~np.asarray(immune, bool))
+    # By site, then score, then position; of each site the first min(k, r - 1) are the pool.
+    ordered = free[np.lexsort((values[free], table.owners[free]))]
+    owners = table.owners[ordered]
+    place = np.arange(len(ordered)) - np.searchsorted(owners, owners)
+    pool = ordered[place < np.minimum(k, table.rank_array - 1)[owners]]
+    ascending = pool[np.argsort(values[pool], kind="stable")]  # equal scores in the order of (site, position)
+    descending = pool[np.argsort(-values[pool], kind="stable")]
+    pruned = ascending[:b]
+    lost = Counter(table.owners[pruned].tolist())
     grown: list[int] = []
-    # Largest first; equal scores in the order of (site, position).
-    for _, index, _ in sorted(pool, key=lambda entry: (-entry[0], entry[1], entry[2])):
+    joined: Counter[int] = Counter()
+    for index in table.owners[descending].tolist():
         if len(grown) == len(pruned):
             break
-        if room[index] > 0 and (allow_swap or index not in lost):
+        room = table.sites[index].max_rank - table.ranks[index] + lost[index] - joined[index]
+        if room > 0 and (allow_swap or index not in lost):
             grown.append(index)
-            room[index] -= 1
+            joined[index] += 1
     pruned = pruned[: len(grown)]
-    if not pruned:
+    if not len(pruned):
         return None
-    numbers = {"highest_pruned": pruned[-1][0]}
-    if len(pool) > len(pruned):
-        numbers["lowest_kept"] = pool[len(pruned)][0]
+    numbers = {"highest_pruned": float(values[pruned[-1]])}
+    if len(ascending) > len(pruned):
+        numbers["lowest_kept"] = float(values[ascending[len(pruned)]])
     return prune_and_grow(
         table,
-        [(index, position) for _, index, position in pruned],
+        zip(table.owners[pruned].tolist(), table.places[pruned].tolist(), strict=True),
         grown,
         reason=f"elalora: pruned {len(pruned)}, grew {len(grown)}",
         scores=numbers,

@@ -473,7 +473,8 @@ def test_sorting_keeps_the_function(half, seed):
     gates = [1.0, 1.0, 1.0, half, 0.0, 0.0]
     a, b = random_unit(numbers, gates)
     scores = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    order, fold = sorted_components(gates, scores.tolist())
+    ((kept, fold),) = sorted_components(np.array(gates), scores, np.array([len(gates)]))
+    order = list(kept)
     folded = b.copy()
     for position, part, factors in fold:
         assert part == "lora_B" and len(factors) == 1
@@ -488,7 +489,18 @@ def test_sorting_keeps_the_function(half, seed):
 
 @pytest.mark.parametrize("gates", [[1.0, 1.0, 0.24, 0.0], [1.0, 0.6, 0.3, 0.0]], ids=["below 0.25", "two half open"])
 def test_sorting_touches_nothing_where_a_factor_would_be_large(gates):
-    assert sorted_components(gates, [1.0, 2.0, 3.0, 4.0]) == ([0, 1, 2, 3], [])
+    assert sorted_components(np.array(gates), np.arange(1.0, 5.0), np.array([4])) == [((0, 1, 2, 3), ())]
+
+
+def test_units_are_sorted_each_for_itself():
+    numbers = np.random.default_rng(3)
+    units = [[1.0, 1.0, 0.5, 0.0], [], [1.0], [1.0, 0.3], [1.0, 0.6, 0.3, 0.0], [1.0, 0.1], [1.0, 1.0, 1.0]]
+    scores = [numbers.uniform(size=len(gates)).round(1) for gates in units]
+    ranks = np.array([len(gates) for gates in units])
+    together = sorted_components(np.concatenate(units), np.concatenate(scores), ranks)
+    alone = [sorted_components(np.array(g), s, np.array([len(g)]))[0] for g, s in zip(units, scores, strict=True)]
+    assert together == alone
+    assert together[1] == ((), ()) and together[4] == ((0, 1, 2, 3), ())
 
 
 def test_a_capacity_changes_after_two_checks_outside_its_bucket():

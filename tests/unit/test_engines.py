@@ -115,6 +115,29 @@ def test_steps_after_a_restore_equal_the_unbroken_ones(config, after):
     resumed.destroy()
 
 
+@each_setting
+def test_destroyed_engine_holds_no_array(config):
+    """It lives on until the next garbage collection; gigabytes of arrays may not."""
+    engine = adapter_engine(config)
+    train(engine, 0, 2)
+    optimizer, parameter = engine._engine.optimizer, engine._parameter
+    before = {id(t): t.numel() for t in (parameter, *optimizer.single_partition_of_fp32_groups)}
+    engine.destroy()
+    assert min(before.values()) == NUMBERS
+    assert parameter.numel() == 0 and not optimizer.optimizer.state
+    assert [t.numel() for t in optimizer.single_partition_of_fp32_groups] == [0]
+    assert not optimizer.bit16_groups_flat and not optimizer.parallel_partitioned_bit16_groups
+
+
+def test_moments_are_taken_over_where_one_process_holds_all():
+    engine = adapter_engine(adapter_config(), torch.zeros(64))
+    given = {"exp_avg": torch.full((64,), 0.5), "exp_avg_sq": torch.full((64,), 0.25)}
+    engine.set_moments(given, 7)
+    assert engine.steps == 7
+    for name, values in given.items():
+        assert engine.moment(name).data_ptr() == values.data_ptr()
+
+
 def test_captured_tensors_are_copies():
     engine = adapter_engine(adapter_config())
     train(engine, 0, 2)
@@ -313,7 +336,7 @@ def test_cpu_adam_follows_torchs_adamw(world):
     gradients = [torch.randn(1000, generator=generator) for _ in range(4)]
     weights = {}
     for kernel, settings in (("torch", adapter_config(offload=True)), ("cpu_adam", config)):
-        engine = AdapterEngine(first, config=settings, adam=AdamSettings(kernel=kernel), device=world.device)
+        engine = AdapterEngine(first.clone(), config=settings, adam=AdamSettings(kernel=kernel), device=world.device)
         for gradient in gradients[:3]:
             engine.step(gradient, lr=1e-2)
         state = engine.capture()

@@ -74,7 +74,16 @@ def test_survivors_keep_every_bit_across_live_events(world, config):
         record = arena.apply(plan, step=event)
         after = arena.capture()
         assert (record.before, record.after, record.plan) == (before.table, after.table, plan)
-        assert list(record.seconds) == ["agree", "capture", "repack", "destroy", "rebuild"]
+        assert list(record.seconds) == [
+            "agree",
+            "layout",
+            "repack",
+            "gather",
+            "method",
+            "destroy",
+            "rebuild",
+            "restore",
+        ]
         assert_survivors_equal(before, old, after, arena.layout)
         for name in ("master", "exp_avg", "exp_avg_sq"):
             assert equal_bits(getattr(after.full, name), getattr(wanted.full, name))

@@ -445,6 +445,30 @@ def test_a_dora_run_resumes_to_the_bit(world, tmp_path):
     unbroken.arena.engine.destroy()
 
 
+def test_nothing_that_left_comes_along_in_a_run_of_copies():
+    """A pruned last row of a diagonal lies where the gap after its block is: a run may not carry it over."""
+    entries = ElaLora(ELALORA).entries
+    layout = ArenaLayout(RankTable.start(SITES, [4, 3, 3]), entries, DENSE)
+    numbers = np.random.default_rng(5)
+    plans = [{0: SiteChange((0, 1, 2))}, {0: SiteChange((0, 1, 2), 1)}, {1: SiteChange((0, 2), 1)}]
+    plans += [dict(random_plan(layout.table, numbers).changes) for _ in range(20)]
+    for changes in plans:
+        new = ArenaLayout(RankPlan(layout.table.digest, changes).apply(layout.table), entries, DENSE)
+        repacking = Repacking(layout, new)
+        flat = torch.arange(1.0, layout.size + 1)  # gaps too: only rows of survivors may be read
+        for block in layout.all_blocks:
+            block.of(flat).neg_()
+        out, survivors = repacking.apply(flat), torch.zeros(new.size, dtype=torch.bool)
+        for block in new.all_blocks:
+            alive = slice(None) if block.first < 0 else repacking.source[block.first : block.first + block.rows] >= 0
+            block.of(survivors)[alive] = True
+        assert (out[survivors] < 0).all()
+        rows = torch.zeros(new.size, dtype=torch.bool)
+        for block in new.all_blocks:
+            block.of(rows)[:] = True
+        assert not out[rows & ~survivors].any()
+
+
 def test_repacking_is_worked_out_once_for_all_arrays():
     layout, snapshot = made(dense=DENSE)
     new = ArenaLayout(
