@@ -70,7 +70,7 @@ def meta_model(source: ModelSource, *, num_labels: int | None = None) -> PreTrai
     num_labels: classes of a sequence classifier; None: a language model, with its towers if it sees pictures.
     """
     config = load_config(source)
-    _refuse_quantized_files(source, config)
+    take_quantization(source, config)
     auto = auto_class(config, num_labels)
     if num_labels is not None:
         config.num_labels = num_labels
@@ -85,14 +85,23 @@ def meta_model(source: ModelSource, *, num_labels: int | None = None) -> PreTrai
     return model
 
 
-def _refuse_quantized_files(source: ModelSource, config: Any) -> None:
+def take_quantization(source: ModelSource, config: Any) -> bool:
+    """Are the model's files quantised already? Takes the note of it from the config: loading decodes them.
+
+    Raises:
+        ValueError: by another method than bitsandbytes.
+    """
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if stored is None:
+        return False
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if method != "bitsandbytes":
         raise ValueError(
             f"model_name_or_path={source.name_or_path!r} holds weights that are quantised already ({method}), "
             "which are not read; take the base in bf16 or fp32 and set quantization: int8 or nf4"
         )
+    del config.quantization_config
+    return True
 
 
 def auto_class(config: Any, num_labels: int | None) -> Any:

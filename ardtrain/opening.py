@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, initialization
 
-from ardtrain.backbones import DTYPES, ModelSource, auto_class, head_linears, load_config, load_model, set_padding
+from ardtrain.backbones import (
+    DTYPES,
+    ModelSource,
+    auto_class,
+    head_linears,
+    load_config,
+    load_model,
+    set_padding,
+    take_quantization,
+)
 from ardtrain.fingerprint import INDEX, hub_weight_files
 from ardtrain.loading import (
     NotMapped,
@@ -21,6 +30,7 @@ from ardtrain.loading import (
     map_parameters,
     verify_files,
 )
+from ardtrain.loading.bitsandbytes import decoded
 from ardtrain.loading.mapping import Mapped
 from ardtrain.loading.verifying import SUMS
 from ardtrain.observe import ReadingBar
@@ -30,11 +40,15 @@ logger = logging.getLogger("ardtrain")
 
 @dataclass(frozen=True)
 class Opened:
-    """A model whose parameters are on the meta device and where their numbers are; or, with weights None, all of it."""
+    """A model whose parameters are on the meta device and where their numbers are; or, with weights None, all of it.
+
+    decoded: the files are quantised, and read as if they were not.
+    """
 
     model: PreTrainedModel
     weights: Weights | None
     shards: Shards | None = None
+    decoded: bool = False
 
 
 def open_model(
@@ -60,6 +74,11 @@ def open_model(
             return _opened(source, model, DTYPES[compute_dtype], pad_token_id)
     except NotMapped as error:
         reason = f"a transform of its checkpoint needs whole tensors ({error})"
+    if take_quantization(source, load_config(source)):
+        raise ValueError(
+            f"model_name_or_path={source.name_or_path!r} holds weights that bitsandbytes quantised, and {reason}; "
+            "its loader would need that library: take the base in bf16 or fp32 and set quantization: int8 or nf4"
+        )
     logger.warning("%s is loaded by transformers, whole on every process: %s", source.name_or_path, reason)
     arguments: dict[str, Any] = {"num_labels": num_labels, "label_names": label_names, "pad_token_id": pad_token_id}
     return Opened(load_model(source, compute_dtype=compute_dtype, **arguments), None)
@@ -79,6 +98,7 @@ def _unread_model(
 ) -> PreTrainedModel:
     """The model on the meta device as from_pretrained makes it before it reads (PreTrainedModel.get_init_context)."""
     config = load_config(source)
+    take_quantization(source, config)
     auto = auto_class(config, num_labels)
     if num_labels is not None:
         names = [f"LABEL_{i}" for i in range(num_labels)] if label_names is None else list(label_names)
@@ -99,7 +119,8 @@ def _unread_model(
 def _opened(source: ModelSource, model: PreTrainedModel, dtype: torch.dtype, pad_token_id: int | None) -> Opened:
     shards = Shards(hub_weight_files(source.name_or_path, source.revision))
     try:
-        mapped = map_parameters(model, shards.tensors, dtype=dtype)
+        tensors = decoded(shards.tensors)
+        mapped = map_parameters(model, tensors, dtype=dtype)
         head = {
             f"{path}.{name}" for path, linear in head_linears(model).items() for name, _ in linear.named_parameters()
         }
@@ -126,7 +147,7 @@ def _opened(source: ModelSource, model: PreTrainedModel, dtype: torch.dtype, pad
         mapped.latest.drop()
         shards.close()
 
-    return Opened(model, Weights(mapped.sources, close=close), shards)
+    return Opened(model, Weights(mapped.sources, close=close), shards, len(tensors) < len(shards.tensors))
 
 
 def _check_complete(source: ModelSource, model: PreTrainedModel, mapped: Mapped, head: set[str]) -> None:

@@ -14,16 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ardtrain import __version__, checkpoint, preflight
-from ardtrain.backbones import DTYPES, init_head, load_model, quantize_base
+from ardtrain.backbones import DTYPES, init_head, load_config, load_model, quantize_base, take_quantization
 from ardtrain.collectives import World
 from ardtrain.config import ConfigError, RunConfig, dump_config, num_warmup_steps
 from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE
 from ardtrain.engines import AdamSettings, start_deepspeed
-from ardtrain.engines_filling import can_fill_slices
+from ardtrain.engines_filling import can_fill_slices, fill_whole
 from ardtrain.environment import ProcessIdentity, job_id
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, host_name, replace_file, write_status
@@ -114,8 +115,17 @@ class Session(ABC):
                 replace_file(self.run_dir / "config.yaml", dump_config(self.config))
 
     def load_base(self) -> PreTrainedModel:
-        """The base as transformers loads it, quantised if so set; a new classifier head is a function of the seed."""
-        model = load_model(preflight.model_source(self.config), **self._base_arguments())
+        """The base as transformers loads it, quantised if so set; a new classifier head is a function of the seed.
+
+        Files that bitsandbytes quantised are read by us, without that library.
+        """
+        source = preflight.model_source(self.config)
+        if take_quantization(source, load_config(source)):
+            opened = self.open_base(stage=0, config={})
+            assert opened.weights is not None, "or open_model refuses"
+            fill_whole(opened.model, opened.weights, torch.device("cpu"))
+            return opened.model
+        model = load_model(source, **self._base_arguments())
         if self.prepared.shape.labels:
             init_head(model, self.config.seed)
         self._quantize(model)
@@ -143,6 +153,11 @@ class Session(ABC):
         opened = open_model(preflight.model_source(self.config), **self._base_arguments())
         if self.prepared.shape.labels:
             init_head(opened.model, self.config.seed)
+        if opened.decoded and self.config.quantization is None:
+            logger.warning(
+                "the base's files are quantised by bitsandbytes and are decoded to %s; quantization: nf4 or int8 keeps "
+                "them in few bits", self.prepared.plan.compute_dtype,
+            )  # fmt: skip
         packings = self._quantize(opened.model)
         if opened.weights is None or opened.shards is None:
             return opened

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ardtrain.loading.bitsandbytes import Decoded
 from ardtrain.loading.filling import Weights
-from ardtrain.loading.sources import TensorSource
+from ardtrain.loading.sources import Pieces, TensorSource
+from ardtrain.loading.verifying import Checked
 from ardtrain.quantized import Packing
 
 
@@ -56,5 +58,14 @@ def quantized(weights: Weights, packings: Mapping[str, Packing]) -> Weights:
     sources = dict(weights.sources)
     for module, packing in packings.items():
         name = f"{module}.weight"
-        sources[name] = Quantized(name, sources[name], packing)
+        sources[name] = Quantized(name, _exact(sources[name]), packing)
     return replace(weights, sources=sources)
+
+
+def _exact(source: TensorSource) -> TensorSource:
+    """A weight that was decoded from codes, not rounded to the compute dtype: then its own codes come back."""
+    if isinstance(source, Checked):
+        return replace(source, source=_exact(source.source))
+    if isinstance(source, Pieces) and all(isinstance(run.stored, Decoded) for run in source.runs):
+        return Pieces(source.shape, torch.float32, source.runs)
+    return source
