@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume_from_checkpoint=auto)
+       ardtrain train CONFIG --rehearse [a.b=c ...]
+                                             two random layers of its widths, three steps, each act once, in minutes
        ardtrain validate CONFIG [a.b=c ...]  check config, model shapes and data; loads no weights; with --verify it
                                              reads them once: checksums, missing tensors, numbers not finite
        ardtrain fetch CONFIG [a.b=c ...]     base and tokenizer into the hub's cache, for nodes without internet
@@ -102,11 +104,12 @@ def _train(arguments: list[str]) -> int:
     with held_signals():  # ahead of all that takes time
         from ardtrain.config.text import with_config
 
-        config, *overrides = with_config(arguments, os.environ)
+        rehearsal = "--rehearse" in arguments
+        config, *overrides = with_config([a for a in arguments if a != "--rehearse"], os.environ)
         _name_the_accelerator()
         from ardtrain.run import train
 
-        return train(config, overrides)
+        return train(config, overrides, rehearsal=rehearsal)
 
 
 def _validate(arguments: list[str]) -> int:

@@ -424,8 +424,14 @@ def read_run_config(path: str | Path, overrides: Sequence[str], *, world_size: i
 
 
 def prepare(path: str | Path, overrides: Sequence[str], *, world_size: int) -> Prepared:
-    """Config, shapes and DeepSpeed plan. Raises ConfigError."""
+    """Config, shapes and DeepSpeed plan of a file. Raises ConfigError."""
     config, notes = read_run_config(path, overrides, world_size=world_size)
+    return prepare_config(config, notes, world_size=world_size)
+
+
+def prepare_config(config: RunConfig, notes: Sequence[str] = (), *, world_size: int) -> Prepared:
+    """Shapes and DeepSpeed plan of a resolved config. Raises ConfigError."""
+    notes = list(notes)
     shape = check_model(config)
     plan = split_deepspeed(config, world_size=world_size, trainable_numbers=shape.num_trained)
     if config.num_grains < world_size:

@@ -23,9 +23,11 @@ from ardtrain.environment import ProcessIdentity, discover
 from ardtrain.environment import export as export_identity
 from ardtrain.faults import EXIT_PEER_FAILED, StopRequest, Watchdog, guard_streams, host_name, lost_peer, write_failure
 from ardtrain.full_run import FullRun
+from ardtrain.launching.job import REHEARSAL
 from ardtrain.observe import ProcessLog, Startup, start_logging
 from ardtrain.opening import verify_base
 from ardtrain.preflight import prepare
+from ardtrain.rehearse import rehearsal_config, rehearse
 from ardtrain.session import Session, Surroundings, logger
 from ardtrain.trackers import check_trackers
 
@@ -80,8 +82,11 @@ def validate(path: str | Path, overrides: Sequence[str], *, verify: bool = False
     return f"{text}\n{told}"
 
 
-def train(path: str | Path, overrides: Sequence[str]) -> int:
-    """`ardtrain train CONFIG` on this process; returns the exit code. All processes of the run call it."""
+def train(path: str | Path, overrides: Sequence[str], *, rehearsal: bool = False) -> int:
+    """`ardtrain train CONFIG` on this process; returns the exit code. All processes of the run call it.
+
+    rehearsal: three steps of two random layers in a folder of their own instead (rehearse.py).
+    """
     guard_streams()
     startup = Startup()
     startup.mark("imports")
@@ -96,11 +101,14 @@ def train(path: str | Path, overrides: Sequence[str]) -> int:
     config = prepared.config
     check_trackers(config)
     startup.mark("config and shapes")
-    refuse_used_folder(config)
+    if rehearsal:
+        rehearsal_config(config, world_size=identity.world_size)  # refuses what cannot be rehearsed
+    else:
+        refuse_used_folder(config)
     torch.set_num_threads(config.num_threads)
     if config.reproducible:
         _choose_deterministic_kernels(device)
-    run_dir = Path(config.output_dir)
+    run_dir = Path(config.output_dir, REHEARSAL) if rehearsal else Path(config.output_dir)
     try:
         process = Process(identity, run_dir, config.watchdog_seconds)
     except OSError as error:
@@ -109,9 +117,13 @@ def train(path: str | Path, overrides: Sequence[str]) -> int:
         with StopRequest(run_dir, reads_file=process.is_main, signals=config.preemption_signal) as stop_request:
             world, watchdog = process.join(device, config.collective_timeout_seconds)
             startup.mark("meeting")
-            kind = FullRun if config.method == "full" else AdapterRun
-            process.run = kind(prepared, Surroundings(world, identity, run_dir, watchdog, stop_request, startup))
-            process.run.execute()
+            around = Surroundings(world, identity, run_dir, watchdog, stop_request, startup)
+            if rehearsal:
+                rehearse(prepared, around)
+            else:
+                kind = FullRun if config.method == "full" else AdapterRun
+                process.run = kind(prepared, around)
+                process.run.execute()
             world.barrier("end of the run")
     except BaseException as error:
         # The others may hang in a collective that this process will never join; leaving the group could hang as well.

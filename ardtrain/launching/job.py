@@ -18,6 +18,7 @@ from ardtrain.hostfile import Host
 
 Route = Literal["slurm", "pbs", "hosts", "mpi"]
 ROUTES: tuple[str, ...] = get_args(Route)
+REHEARSAL = "rehearsal"  # a rehearsal's folder in output_dir
 # Variables that processes on other hosts need and that ssh and mpirun do not bring; secrets stay out of files.
 EXPORTED = (
     "^(NCCL|GLOO|TORCH|TRITON|HF|TRANSFORMERS|DS|DEEPSPEED|OMP|MKL|CUDA_HOME|CUDA_DEVICE|UCX|FI|PYTHON|ARDTRAIN|WANDB|"
@@ -51,6 +52,7 @@ def script_text(
     hosts: tuple[Host, ...] = (),
     elements: Elements | None = None,
     max_hours: float | None = None,
+    rehearsal: bool = False,
 ) -> str:
     """The script that trains `config` by this route; shell, with one header to edit.
 
@@ -59,6 +61,7 @@ def script_text(
         hosts: of launcher.hostfile, for the routes `hosts` and `mpi`.
         elements: slurm only: the runs of an array, in place of config.output_dir.
         max_hours: pbs only: what run.yaml says.
+        rehearsal: `train --rehearse`; config.output_dir is the rehearsal's folder.
     Raises:
         ConfigError: a path that some shell on the way would change.
     """
@@ -105,6 +108,7 @@ def script_text(
         "master_addr": hosts[0].name if hosts else "",
         "port": block.master_port or by_run,
         "exported": EXPORTED,
+        "rehearse": " --rehearse" if rehearsal else "",
         "max_hours": None if max_hours is None else f"{max_hours:g}",
     }  # fmt: skip
     return _rendered(f"{route}.sh.j2", values)

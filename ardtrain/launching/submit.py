@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ardtrain.config import ConfigError, RunConfig, load_config, parse_config
+from ardtrain.config import ConfigError, RunConfig, load_config, parse_config, updated
 from ardtrain.config.resuming import differences
 from ardtrain.config.text import merged, parse_overrides, read_yaml, with_config, write_yaml
 from ardtrain.faults import replace_file
 from ardtrain.hostfile import Host, read_hostfile, unequal_slots
-from ardtrain.launching.job import ROUTES, Elements, Route, script_text
+from ardtrain.launching.job import REHEARSAL, ROUTES, Elements, Route, script_text
 from ardtrain.watch import JOB_FILE, look, read_job
 
-USAGE = """usage: ardtrain submit CONFIG --to slurm|pbs|hosts|mpi [--dry-run] [a.b=c ...]
+USAGE = """usage: ardtrain submit CONFIG --to slurm|pbs|hosts|mpi [--rehearse] [--dry-run] [a.b=c ...]
        ardtrain submit --array SUITE --to slurm [--at-a-time N] [--dry-run] [a.b=c ...]"""
 SUBMITTERS = {"slurm": "sbatch", "pbs": "qsub", "hosts": "pdsh", "mpi": "mpirun"}
 
@@ -36,6 +36,7 @@ class Request:
     array: bool
     at_a_time: int
     overrides: list[str]
+    rehearsal: bool = False
 
 
 def submit(arguments: list[str]) -> int:
@@ -54,6 +55,7 @@ def submit(arguments: list[str]) -> int:
 def read_arguments(arguments: list[str]) -> Request:
     """The command line. Raises ConfigError."""
     rest, route, dry_run, array, at_a_time = list(arguments), "", False, False, 0
+    rehearsal = "--rehearse" in rest
     kept: list[str] = []
     while rest:
         argument = rest.pop(0)
@@ -70,16 +72,18 @@ def read_arguments(arguments: list[str]) -> Request:
             dry_run = True
         elif argument == "--array":
             array = True
-        else:
+        elif argument != "--rehearse":
             kept.append(argument)
     if route not in ROUTES:
         raise ConfigError([f"--to={route} is no route; choose one of {', '.join(ROUTES)}"])
     if array and route != "slurm":
         raise ConfigError([f"--array --to={route}: arrays are built for slurm only; use it, or `ardtrain compare`"])
+    if array and rehearsal:
+        raise ConfigError(["--array --rehearse: rehearse one of the suite's runs by itself"])
     if array and not kept:
         raise ConfigError(["--array: which suite? for example: ardtrain submit --array suite.yaml --to slurm"])
     path, *overrides = kept if array else with_config(kept, os.environ)
-    return Request(path, cast(Route, route), dry_run, array, at_a_time, overrides)
+    return Request(path, cast(Route, route), dry_run, array, at_a_time, overrides, rehearsal)
 
 
 def _submit_run(request: Request) -> int:
@@ -102,24 +106,29 @@ def _submit_run(request: Request) -> int:
         config = parse_config(raw)
     folder = Path.cwd()
     hosts = _hosts(config, request.route, folder)
-    text = script_text(request.route, config, folder=folder, hosts=hosts, max_hours=config.max_hours)
+    job = config  # of which the script is made: a rehearsal has a folder of its own
+    if request.rehearsal:
+        job = updated(config, {"output_dir": str(Path(config.output_dir, REHEARSAL))})
+    text = script_text(
+        request.route, job, folder=folder, hosts=hosts, max_hours=config.max_hours, rehearsal=request.rehearsal
+    )
     check_times(config)
     notes = check_changes(config)
     if not request.dry_run:
         _check_scheduler(request.route)
-        _check_not_running(Path(config.output_dir))
+        _check_not_running(Path(job.output_dir))
         notes += _check_run(config, len(hosts) or config.launcher.nodes, hosts)
     for note in notes:
         print(f"note: {note}")
     if request.dry_run:
         print(text, end="")
         return 0
-    run_dir = Path(folder, config.output_dir)
+    run_dir = Path(folder, job.output_dir)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "run.yaml", write_yaml(raw))
     for left in ("resubmitted", "STOP"):  # of an earlier job
         (run_dir / left).unlink(missing_ok=True)
-    return _hand_over(request.route, run_dir, text, f"status: ardtrain status {config.output_dir}")
+    return _hand_over(request.route, run_dir, text, f"status: ardtrain status {job.output_dir}")
 
 
 def _submit_array(request: Request) -> int:

@@ -84,7 +84,12 @@ def test_without_a_config_train_takes_the_default_or_shows_a_command(tmp_path, m
     from ardtrain.cli import main
 
     taken = []
-    monkeypatch.setattr(ardtrain.run, "train", lambda config, overrides: taken.append((config, overrides)) or 0)
+
+    def train(config, overrides, *, rehearsal):
+        taken.append((config, overrides) if not rehearsal else (config, overrides, "rehearsed"))
+        return 0
+
+    monkeypatch.setattr(ardtrain.run, "train", train)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ARDTRAIN_CONFIG", raising=False)
     assert main([]) == 2
@@ -96,3 +101,5 @@ def test_without_a_config_train_takes_the_default_or_shows_a_command(tmp_path, m
     assert main([]) == 0
     assert main(["mine.yaml"]) == 0
     assert taken == [("ardtrain.yaml", []), ("ardtrain.yaml", ["r=4"]), ("other.yaml", []), ("mine.yaml", [])]
+    assert main(["mine.yaml", "--rehearse", "r=4"]) == 0 and main(["--rehearse"]) == 0
+    assert taken[4:] == [("mine.yaml", ["r=4"], "rehearsed"), ("other.yaml", [], "rehearsed")]

@@ -161,6 +161,21 @@ def test_slurm_gets_the_script_and_one_config(schedulers, capsys):
         submit(["run.yaml", "--to=slurm"])
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_rehearsal_is_a_job_in_a_folder_of_its_own(schedulers, route, capsys):
+    assert submit(["run.yaml", "--rehearse", "--to", route, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert script.count('train "$run/run.yaml" --rehearse') >= 1
+    assert script.count("--rehearse") == script.count('train "$run/run.yaml"')
+    assert f'run="{schedulers}/runs/first/rehearsal"' in script
+    if route == "slurm":
+        assert submit(["run.yaml", "--to", "slurm", "--rehearse"]) == 0
+        run = schedulers / "runs/first/rehearsal"
+        assert load_config(run / "run.yaml").output_dir == "runs/first"
+        assert (schedulers / "asked").read_text() == f"--parsable {run}/job.sh\n"
+        assert [p.name for p in run.parent.iterdir()] == ["rehearsal"]
+
+
 def test_without_a_config_the_default_is_taken(schedulers, monkeypatch):
     (schedulers / "run.yaml").rename("ardtrain.yaml")
     assert submit(["--to", "slurm", "learning_rate=0.5"]) == 0
@@ -221,6 +236,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(place, capsys):
     (["--to", "slurm", "r=4"], "no config: name one"),
     (["--array", "--to", "slurm"], "--array: which suite"),
     (["run.yaml", "--to", "pbs", "--array"], "arrays are built for slurm"),
+    (["suite.yaml", "--to", "slurm", "--array", "--rehearse"], "rehearse one of the suite's runs by itself"),
     (["run.yaml", "--to", "slurm", "--at-a-time", "0"], "--at-a-time=0 must be"),
     (["absent.yaml", "--to", "slurm"], "absent.yaml cannot be read"),
     (["run.yaml", "--to", "hosts", "launcher.hostfile=null"], "needs launcher.hostfile"),
