@@ -31,15 +31,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ardtrain.data_order import Cursor, Grain, RowRef, TrainOrder, cut_grains, pack, permutation
-from ardtrain.data_rows import (
-    SUFFIXES,
-    DataError,
-    DataSettings,
-    Tokenising,
-    check_file,
-    classification_pad_id,
-    find_labels,
-)
+from ardtrain.data_rows import DataSettings, Tokenising, classification_pad_id, find_labels
+from ardtrain.data_sources import DataError, check_source
+from ardtrain.data_sources import identity as source_identity
 from ardtrain.images import BadImageError, ImageReader, StoredImage
 from ardtrain.prefix_mask import token_types
 from ardtrain.ranks import named_seed
@@ -129,12 +123,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _cache_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 (hex) over file contents, the settings that decide samples, and the tokenizer; paths do not count."""
-    contents = []
-    for path in settings.train_files:
-        with open(path, "rb") as file:
-            suffix = next(suffix for suffix in SUFFIXES if path.endswith(suffix))
-            contents.append([suffix, hashlib.file_digest(file, "sha256").hexdigest()])
+    """sha256 (hex) over contents, the settings that decide samples, and the tokenizer; paths do not count."""
+    contents = [source_identity(path) for path in settings.train_files]
     values = {key: value for key, value in asdict(settings).items() if key not in ("train_files", "seed")}
     if values["images"] is None:  # keys of rows without pictures stay what they were
         del values["images"]
@@ -203,7 +193,7 @@ class Samples:
 
     def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> None:
         for path in settings.train_files:
-            check_file(path)
+            check_source(path)
         self._files = settings.train_files
         self.cache_key = _cache_key(settings, tokenizer)
         self.folder = folder = Path(cache_dir) / _folder_name(settings, self.cache_key)

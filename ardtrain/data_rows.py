@@ -1,4 +1,4 @@
-"""From files to token ids: sources, formats, templates, truncation.  One sample after the other, in file order.
+"""From rows to token ids: formats, templates, truncation.  One sample after the other, in file order.
 
 A *sample* is one tokenised document, or a piece of one, with the line it came from.  data.py keeps samples on disk and
 makes batches of them; data_order.py says which samples make up which step.
@@ -7,14 +7,11 @@ makes batches of them; data_order.py says which samples make up which step.
 from __future__ import annotations
 
 import difflib
-import glob
-import gzip
 import json
 import os
 import re
 import string
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any, Literal, NamedTuple
@@ -22,20 +19,12 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from ardtrain.data_sources import DataError, check_source, is_text, read_rows
 from ardtrain.images import BadImageError, ImageSettings, StoredImage, check_images, image_of, text_problem
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 _ROWS_A_BATCH = 512  # rows tokenised at once
 _MOST_LABELS = 1 << 16  # an integer label beyond it is a slip, not a class
 _FIX_OR_SKIP = "correct the row, or leave such rows out with data.on_bad_row: skip"
-
-
-class DataError(ValueError):
-    """The data are at fault: `FILE:LINE: reason; remedy`.  `line` counts from 1, None when the whole file is meant."""
-
-    def __init__(self, file: str, line: int | None, reason: str, remedy: str) -> None:
-        super().__init__(f"{file}{'' if line is None else f':{line}'}: {reason}; {remedy}")
-        self.file, self.line, self.reason, self.remedy = file, line, reason, remedy
 
 
 class _BadRow(Exception):
@@ -46,7 +35,8 @@ class _BadRow(Exception):
 class DataSettings:
     """What decides the samples and their order; the `data` block of the config.  Defaults stand in the config's model.
 
-    train_files: JSONL (.jsonl, .jsonl.gz: a document a row) or text (.txt, .txt.gz: a document a file).
+    train_files: JSONL (.jsonl, .jsonl.gz), Parquet or a data set of the hub (data_sources.HubSource), a document a row,
+        or text (.txt, .txt.gz), a document a file.
     format: `auto` looks at the first row: a chat has `messages_field`, a completion `prompt_field` and
         `completion_field` (or templates are set), a text `text_field`.  `classification` is never guessed.
     prompt_template, completion_template: `str.format` text over the row's fields, in place of the two fields.
@@ -114,51 +104,15 @@ class DataSettings:
 # ---- reading ----
 
 
-def check_file(path: str) -> None:
-    """ValueError unless `path` is one existing file of a kind that is read here."""
-    if not os.path.exists(path):
-        if glob.has_magic(path):
-            raise ValueError(
-                f"data.train_files entry {path!r} is a pattern; list the files, their order is part of the run"
-            )
-        raise ValueError(f"data.train_files entry {path!r} does not exist; correct the path")
-    if os.path.isdir(path):
-        raise ValueError(f"data.train_files entry {path!r} is a folder; list its files, their order is part of the run")
-    if not path.endswith(SUFFIXES):
-        raise ValueError(f"data.train_files entry {path!r} is none of {', '.join(SUFFIXES)}; convert it to JSONL")
-
-
-def _is_text_file(path: str) -> bool:
-    return path.endswith((".txt", ".txt.gz"))
-
-
-def _read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(line from 1, bytes) of each line that is not blank; a text file is one line, its number 1.
-
-    Lines end at a newline byte alone: JSON strings may hold the other characters at which str.splitlines cuts.
-    """
-    opener: Callable[..., Any] = gzip.open if path.endswith(".gz") else open
-    line = 0
-    try:
-        with opener(path, "rb") as file:
-            if _is_text_file(path):
-                yield 1, file.read().removeprefix(b"\xef\xbb\xbf")
-                return
-            for line, content in enumerate(file, start=1):
-                content = content.removeprefix(b"\xef\xbb\xbf") if line == 1 else content
-                if content.strip():
-                    yield line, content
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(path, line + 1, f"the gzip file is damaged ({error})", "replace the file") from error
-
-
-def _parse(path: str, content: bytes) -> dict[str, Any] | str:
-    """A JSONL row as its object; a text file's content as its text."""
+def _parse(path: str, content: bytes | dict[str, Any]) -> dict[str, Any] | str:
+    """A JSONL or table row as its object; a text file's content as its text."""
+    if isinstance(content, dict):
+        return content
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _BadRow(f"not valid UTF-8 at byte {error.start + 1}") from error
-    if _is_text_file(path):
+    if is_text(path):
         return text
     try:
         row = json.loads(text)
@@ -179,9 +133,9 @@ def _parse(path: str, content: bytes) -> dict[str, Any] | str:
 def _detect_format(settings: DataSettings) -> str:
     """Format of the first row that parses; the bad rows before it are reported when their turn comes."""
     path = settings.train_files[0]
-    if _is_text_file(path):
+    if is_text(path):
         return "text"
-    for line, content in _read_lines(path):
+    for line, content in read_rows(path):
         try:
             row = _parse(path, content)
         except _BadRow as reason:
@@ -406,10 +360,10 @@ def find_labels(files: Sequence[str], settings: DataSettings) -> tuple[str, ...]
     found: set[int | str] = set()
     first: dict[type, str] = {}  # int or str -> its first row
     for path in files:
-        check_file(path)
-        if _is_text_file(path):
+        check_source(path)
+        if is_text(path):
             raise ValueError(f"{path!r} is plain text and holds no labels; use JSONL for data.format: classification")
-        for line, content in _read_lines(path):
+        for line, content in read_rows(path):
             try:
                 row = _parse(path, content)
                 assert isinstance(row, dict)
@@ -606,7 +560,7 @@ class Tokenising:
         self.settings = settings
         self.format = _detect_format(settings) if settings.format == "auto" else settings.format
         for path in settings.train_files:
-            if _is_text_file(path) and self.format != "text":
+            if is_text(path) and self.format != "text":
                 raise ValueError(
                     f"data.format={self.format}, but {path!r} is plain text; use JSONL or data.format: text"
                 )
@@ -616,13 +570,13 @@ class Tokenising:
 
     def batches(self) -> Iterator[list[Sample]]:
         for file, path in enumerate(self.settings.train_files):
-            lines = _read_lines(path)
+            lines = read_rows(path)
             while batch := list(islice(lines, _ROWS_A_BATCH)):
                 samples = [s for line, row in self._encode(path, batch) for s in self._fit(file, line, row)]
                 self.counts["samples"] += len(samples)
                 yield samples
 
-    def _encode(self, path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, _Encoded]]:
+    def _encode(self, path: str, lines: Iterable[tuple[int, bytes | dict[str, Any]]]) -> Iterator[tuple[int, _Encoded]]:
         """(line, row) of every good row of `lines`."""
         good: list[tuple[int, Any]] = []
         for line, content in lines:

@@ -1,4 +1,8 @@
-"""`ardtrain fetch CONFIG`: the base and its tokenizer into the hub's cache, for nodes that see no internet."""
+"""`ardtrain fetch CONFIG`: base, tokenizer and data sets into the hub's caches, and rows tokenised, for offline nodes.
+
+The caches must be where the run looks: HF_HOME for what the hub gives, ARDTRAIN_CACHE for tokenised rows, on a disk
+that all nodes see.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,33 @@ def fetch(path: str, overrides: list[str]) -> int:
         wanted.setdefault(config.tokenizer_name_or_path, None)
     for name, revision in wanted.items():
         print(f"{name}: {_fetched(name, revision)}")
+    for line in tokenise(path, overrides):
+        print(line)
     return 0
+
+
+def tokenise(path: str, overrides: list[str]) -> list[str]:
+    """Reads and tokenises all rows that the run will ask for, as its own start would; returns a line for each source.
+
+    Raises:
+        ConfigError: rows are missing or broken.
+    """
+    from ardtrain import preflight
+    from ardtrain.data_sources import commit_of, is_hub, parse_hub
+
+    config, _ = preflight.read_run_config(path, overrides, world_size=1)
+    labels, tokenizer = preflight.read_labels(config), preflight.tokenizer_of(config)
+    train, held_out = preflight.open_data(config, tokenizer, labels)
+    preflight.open_allocation_data(config, tokenizer, labels)
+    told = [f"rows: {train.num_samples} to train on" + (f", {held_out.num_samples} held out" if held_out else "")]
+    told[0] += f", tokenised in {preflight.cache_dir()}"
+    sources = [*config.data.train_file, config.data.eval_file, config.data.allocation_file]
+    for source in dict.fromkeys(s for s in sources if s and is_hub(s)):
+        hub = parse_hub(source)
+        if not hub.is_folder and hub.revision != (commit := commit_of(hub)):
+            name = hub.name if hub.config is None else f"{hub.name}/{hub.config}"
+            told.append(f"{source}: to pin it: hub:{name}@{commit}:{hub.split}")
+    return told
 
 
 def _fetched(name: str, revision: str | None) -> str:

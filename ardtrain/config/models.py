@@ -53,8 +53,9 @@ class DataBlock(Block):
     """Where the rows come from and which of their fields are what."""
 
     train_file: Annotated[tuple[str, ...], BeforeValidator(tuple_of)] = Field(min_length=1)
-    """JSONL, one path or a list."""
+    """JSONL, Parquet or text, one path or a list; or hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT] (split train)."""
     eval_file: str | None = None
+    """As train_file, one."""
     format: Literal["auto", "completion", "chat", "text"] = "auto"
     """auto: by the fields of the first row."""
     prompt_field: str = "prompt"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ardtrain.config import RunConfig, load_config, read_deepspeed_json
+from ardtrain.data_sources import is_hub
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def read_needs(config_path: str | None, overrides: Sequence[str] = (), run_dir: 
         return Needs(Path(run_dir or ".").absolute())
     config = load_config(config_path, overrides)
     data = [*config.data.train_file, config.data.eval_file, config.data.allocation_file]
-    files = [Path(file) for file in data if file]
+    files = [Path(file) for file in data if file and not is_hub(file)]
     model = Path(config.model_name_or_path)
     if model.is_dir():  # else an id of the hub
         files += sorted(path for path in model.iterdir() if path.suffix in (".safetensors", ".json", ".model"))

@@ -16,6 +16,7 @@ from typing import cast
 from ardtrain.config import ConfigError, RunConfig, load_config, parse_config, updated
 from ardtrain.config.resuming import differences
 from ardtrain.config.text import merged, parse_overrides, read_yaml, with_config, write_yaml
+from ardtrain.data_sources import is_hub
 from ardtrain.faults import replace_file
 from ardtrain.hostfile import Host, read_hostfile, unequal_slots
 from ardtrain.launching.job import REHEARSAL, ROUTES, Elements, Route, script_text
@@ -296,7 +297,8 @@ def _check_run(config: RunConfig, nodes: int, hosts: tuple[Host, ...]) -> list[s
     from ardtrain.preflight import check_model
 
     files = [*config.data.train_file, config.data.eval_file, config.data.allocation_file]
-    missing = [f"data: {file} is not there; correct the path" for file in files if file and not os.path.exists(file)]
+    local = [file for file in files if file and not is_hub(file)]
+    missing = [f"data: {file} is not there; correct the path" for file in local if not os.path.exists(file)]
     if missing:
         raise ConfigError(missing)
     taken, notes = take_over(config)
