@@ -11,7 +11,7 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
                                              two random layers of its widths, three steps, each act once, in minutes
        ardtrain validate CONFIG [a.b=c ...]  check config, model shapes and data; loads no weights; with --verify it
                                              reads them once: checksums, missing tensors, numbers not finite
-       ardtrain fetch CONFIG [a.b=c ...]     base and tokenizer into the hub's cache, for nodes without internet
+       ardtrain fetch CONFIG [a.b=c ...]     base, tokenizer, data sets into caches, rows tokenised, for offline nodes
        ardtrain submit CONFIG --to slurm|pbs|hosts|mpi [--dry-run] [a.b=c ...]
                                              write the job script into the run folder and submit it
        ardtrain doctor [--hosts H] [CONFIG]  check this machine, or several hosts together
