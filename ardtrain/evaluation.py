@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ardtrain.collectives import ExactSum, World, deal
 from ardtrain.data import Batch
-from ardtrain.logits import LogitHead
+from ardtrain.logits import LogitHead, replaced
 from ardtrain.packing import packed_arguments
 
 
@@ -35,7 +35,8 @@ class Grains(Protocol):
 class HeldOut:
     """loss: mean over the terms of the loss, nats; num_tokens: those terms, target tokens or, in classification, rows.
 
-    metrics: of classification (classification_metrics), else empty.
+    metrics: of classification (classification_metrics); of rows with pictures exact_match, the share of rows whose
+    answer greedy decoding would write, eos included; else empty.
     """
 
     loss: float
@@ -150,6 +151,35 @@ def _record_logits(module: nn.Module, *, wanted: bool) -> Iterator[list[Tensor]]
         handle.remove()
 
 
+@contextmanager
+def _record_predictions(module: nn.Module, *, wanted: bool) -> Iterator[list[Tensor]]:
+    """The likeliest token wherever the output embedding runs meanwhile, where wanted; soft caps do not change it."""
+    seen: list[Tensor] = []
+    if not wanted:
+        yield seen
+        return
+
+    def remember(own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        logits = own(x)
+        seen.append(logits.detach().argmax(-1).view(-1))
+        return logits
+
+    get_head: Any = module.get_output_embeddings
+    with replaced(get_head(), remember):
+        yield seen
+
+
+def count_answers(batch: Batch, predictions: Tensor) -> int:
+    """Rows whose every target is the likeliest token after those before it: what greedy decoding would write.
+
+    predictions: [n] at the batch's targets, or [B * T] at all tokens.
+    """
+    places, targets = (values.to(predictions.device) for values in batch.targets())
+    found = predictions if len(predictions) == len(places) else predictions[places]
+    wrong = (places // batch.input_ids.shape[1])[found != targets].unique()
+    return len(batch.input_ids) - len(wrong)
+
+
 def held_out_loss(
     module: nn.Module,
     data: Grains,
@@ -160,7 +190,7 @@ def held_out_loss(
 ) -> HeldOut:
     """The loss over all held-out grains; the same bits for any number of processes. All processes must call this.
 
-    Of classification also the metrics; gathering the predictions is one more sum over the processes.
+    Of classification and of rows with pictures also the metrics; one more sum over the processes.
 
     Args:
         between: called after each round of grains, equally often on every process; it may raise.
@@ -170,6 +200,7 @@ def held_out_loss(
     nothing = torch.zeros(0, device=world.device)
     predicted: dict[int, Tensor] = {}  # grain -> [B, 2] class and predicted class
     num_classes = 0
+    answers = torch.zeros(2, dtype=torch.int64, device=world.device)  # rows answered as they should be, rows
     was_training = module.training
     module.eval()
     with torch.no_grad():
@@ -177,10 +208,17 @@ def held_out_loss(
             batch = data.collate(grains[index])
             classes = batch.class_labels
             # Not of a language model: its logits are large, and would be kept longer than they are needed.
-            with _record_logits(module, wanted=classes is not None) as logits:
+            pictures = batch.pixel_values is not None
+            with (
+                _record_logits(module, wanted=classes is not None) as logits,
+                _record_predictions(module, wanted=pictures) as predictions,
+            ):
                 loss = loss_sum(module, batch, device=world.device)
             if counted:
                 total.add(index, loss=loss, gradient=nothing, tokens=batch.num_target_tokens)
+            if pictures and counted:
+                hits = count_answers(batch, torch.cat(predictions))
+                answers += torch.tensor([hits, len(batch.input_ids)], device=world.device)
             if classes is not None:
                 num_classes = logits[-1].shape[1]
                 if counted:
@@ -189,8 +227,11 @@ def held_out_loss(
     module.train(was_training)
     result = total.reduce(world)
     tokens = sum(result.tokens)
-    # Every process ran a grain, if only one that is not counted: all of them know whether there are classes.
+    # Every process ran a grain, if only one that is not counted: all of them know whether there are classes, pictures.
     metrics = {}
+    if pictures:
+        world.add_integers(answers)
+        metrics["exact_match"] = int(answers[0]) / int(answers[1])
     if num_classes:
         rows = _gather_rows(predicted, result.tokens, world)
         metrics = classification_metrics(rows[:, 0], rows[:, 1], num_classes=num_classes)

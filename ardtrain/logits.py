@@ -112,7 +112,7 @@ class LogitHead:
         # Ahead of ZeRO-3's hooks, which would wait for a backward through this module: there is none.
         handle = self.head.register_forward_pre_hook(detach, prepend=True)
         try:
-            with _replaced(self.head, instead):
+            with replaced(self.head, instead):
                 module(**arguments)
         finally:
             handle.remove()
@@ -197,7 +197,7 @@ class _KnownGradient(torch.autograd.Function):
 
 
 @contextmanager
-def _replaced(head: nn.Module, instead: Callable[[LogitsOf, Tensor], Tensor]) -> Iterator[None]:
+def replaced(head: nn.Module, instead: Callable[[LogitsOf, Tensor], Tensor]) -> Iterator[None]:
     """While open, `instead(own forward, x)` stands for the module's forward; its hooks still run."""
     own, before = head.forward, head.__dict__.get("forward")
     head.forward = lambda x: instead(own, x)
@@ -235,7 +235,7 @@ def find_logit_head(module: nn.Module, *, chunk_tokens: int, device: torch.devic
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), _replaced(head, instead):
+        with torch.no_grad(), replaced(head, instead):
             logits = module(
                 input_ids=positions, attention_mask=torch.ones_like(positions), position_ids=positions, use_cache=False
             ).logits

@@ -48,7 +48,7 @@ class Records:
     def evaluation(self, step: int, held_out: HeldOut) -> None:
         """Records a held-out loss and says it."""
         self._log.metrics(step, {f"eval_{name}": value for name, value in held_out.numbers().items()})
-        unit = "rows" if held_out.metrics else "tokens"
+        unit = "rows" if "accuracy" in held_out.metrics else "tokens"
         others = "".join(f", {name} {value:.4f}" for name, value in held_out.metrics.items())
         self._log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} {unit}{others}")
 

@@ -2,16 +2,21 @@
 writes them. The pitfalls are those of peers.md 2F, named by their threads."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import PaliGemmaProcessor
 
-from ardtrain.data import Cursor, TrainData
+from ardtrain.collectives import World
+from ardtrain.data import Cursor, TrainData, build_batch
 from ardtrain.data_rows import DataSettings
-from ardtrain.evaluation import token_loss_sum
+from ardtrain.evaluation import held_out_loss, loss_sum, token_loss_sum
 from ardtrain.images import ImageReader, image_settings
+from ardtrain.logits import LogitHead, find_logit_head
 from ardtrain.prefix_mask import check_first_masks, prefix_mask, token_types
 from tests.tiny import CPU, equal_bits
 from tests.tiny_paligemma import (
@@ -246,3 +251,50 @@ def test_grain_depends_on_itself_alone(tmp_path, batch):
         assert equal_bits(getattr(late, name), getattr(other, name))
     assert data.fingerprint == again.fingerprint
     assert isinstance(data.cursor(1), Cursor)
+
+
+class OneBatch:
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def grains(self):
+        return list(range(len(self.batches)))
+
+    def collate(self, grain):
+        return self.batches[grain]
+
+
+def with_answer(model, batch, row, length=4):
+    """The batch's row with the answer that greedy decoding writes: token by token, by whole forwards of one row."""
+    start = int(batch.token_type_ids[row].argmax())
+    ids = batch.input_ids[row : row + 1, :start]
+    pixels = batch.pixel_values[row : row + 1]
+    for _ in range(length):
+        types = (torch.arange(ids.shape[1]) >= start).long()[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=pixels, token_type_ids=types).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    mask = np.arange(ids.shape[1]) >= start
+    return ids[0].numpy(), mask, pixels
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+def test_exact_match_is_that_of_greedy_decoding(batch, chunk_tokens):
+    """Three rows with the answer that the model writes, one of them with its last token changed."""
+    model = tiny_paligemma()
+    rows = [with_answer(model, batch, row) for row in range(3)]
+    rows[1][0][-1] = (rows[1][0][-1] + 1) % 90 + 5
+    made = build_batch([[(ids, mask)] for ids, mask, _ in rows], packed=False, pad_token_id=0)
+    types = token_types([int(mask.argmax()) for _, mask, _ in rows], made.input_ids.shape[1])
+    whole = replace(
+        made, position_ids=made.position_ids + 1, token_type_ids=types, pixel_values=torch.cat([p for *_, p in rows])
+    )
+    head = None if chunk_tokens is None else find_logit_head(model, chunk_tokens=chunk_tokens, device=CPU)
+    assert head is None or isinstance(head, LogitHead)
+    loss = partial(loss_sum, logit_head=head)
+    world = World(0, 1, CPU)
+    result = held_out_loss(model, OneBatch(whole, whole), world=world, loss_sum=loss)
+    assert result.metrics == {"exact_match": 4 / 6}
+    assert result.numbers().keys() == {"loss", "exact_match"}
+    plain = held_out_loss(model, OneBatch(replace(whole, pixel_values=None)), world=world)
+    assert plain.metrics == {}
