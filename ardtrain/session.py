@@ -339,6 +339,7 @@ def run_identity(prepared: Prepared, data_fingerprint: str) -> checkpoint.Identi
     changeable = {name: values[name] for name in CHANGEABLE}
     settings = {n: v for n, v in values.items() if n not in CHANGEABLE and n not in ELSEWHERE and v is not None}
     settings["compute_dtype"] = prepared.plan.compute_dtype
+    settings["quantization"] = config.quantization or "none"  # a base in full is another one than in few bits
     return checkpoint.Identity(
         backbone=prepared.shape.backbone_fingerprint,
         data=data_fingerprint,
