@@ -11,15 +11,20 @@ from pathlib import Path
 
 from ardtrain.config import ConfigError, load_config
 
-# No second copy of the weights in another framework's format.
-IGNORED = ("*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "*.pth")
+# No second copy of the weights in another format, and no pickles, which are never read.
+IGNORED = (
+    *("*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "*.pth", "*.bin", "*.pt", "*.ckpt", "*.tflite"),
+    *("consolidated*.safetensors", "coreml/*", "openvino/*"),
+)
 
 
 def fetch(path: str, overrides: list[str]) -> int:
-    """Downloads what the config names; what is there already is not loaded again. Returns the exit code.
+    """Downloads what the config names; files that are there already are not loaded again. Returns the exit code.
+
+    A file that was cut is loaded anew, from its beginning (huggingface_hub goes on inside a file within one call only).
 
     Raises:
-        ConfigError: the hub does not have it or cannot be reached.
+        ConfigError: the hub does not have it or cannot be reached; or the base's weights are not complete.
     """
     config = load_config(path, overrides)
     wanted = {config.model_name_or_path: config.revision}
@@ -27,6 +32,7 @@ def fetch(path: str, overrides: list[str]) -> int:
         wanted.setdefault(config.tokenizer_name_or_path, None)
     for name, revision in wanted.items():
         print(f"{name}: {_fetched(name, revision)}")
+    print(f"{config.model_name_or_path}: {_weights(config.model_name_or_path, config.revision)}")
     for line in tokenise(path, overrides):
         print(line)
     return 0
@@ -56,6 +62,19 @@ def tokenise(path: str, overrides: list[str]) -> list[str]:
     return told
 
 
+def _weights(name: str, revision: str | None) -> str:
+    """What the base's weight files hold by their headers, found as a run finds them. Raises ConfigError."""
+    from ardtrain.fingerprint import hub_weight_files
+    from ardtrain.loading import Shards
+
+    try:
+        shards = Shards(hub_weight_files(name, revision))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    shards.close()
+    return f"weights complete: {len(shards.tensors)} tensors, {shards.nbytes / 2**30:.2f} GiB"
+
+
 def _fetched(name: str, revision: str | None) -> str:
     if Path(name).is_dir():
         return "a local folder, nothing to fetch"
@@ -72,4 +91,4 @@ def _fetched(name: str, revision: str | None) -> str:
              "it goes on where it stopped"]
         ) from None  # fmt: skip
     pinned = Path(folder).name
-    return f"{folder}" + (f"; to pin it: revision: {pinned}" if revision is None else "")
+    return f"{folder}" + (f"; to pin it: revision: {pinned}" if revision != pinned else "")
