@@ -38,7 +38,7 @@ from deepspeed.utils import (
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
-from ardtrain.engines_filling import fill_slices, fill_whole
+from ardtrain.engines_filling import fill
 from ardtrain.full_shards import MASTER, MOMENTS, Shards, read_shards
 from ardtrain.loading import Weights
 
@@ -98,7 +98,7 @@ class BackboneEngine:
         self.module = model
         if stage == 0:
             if weights is not None:
-                fill_whole(model, weights, device)
+                fill(model, weights, stage=0, config=config, device=device)
             model.to(device)
             for module in model.modules():
                 module.register_forward_pre_hook(_give_input_its_own_node)
@@ -107,7 +107,7 @@ class BackboneEngine:
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         with quiet():
             if weights is not None:
-                fill_slices(model, weights, config, device)
+                fill(model, weights, stage=3, config=config, device=device)
             else:
                 deepspeed.zero.Init(module=model, config_dict_or_path=dict(config))
             self._engine, *_ = deepspeed.initialize(model=model, config=dict(config))
@@ -392,15 +392,22 @@ class FullEngine:
     """
 
     def __init__(
-        self, model: nn.Module, *, config: Mapping[str, Any], adam: AdamSettings, device: torch.device
+        self,
+        model: nn.Module,
+        *,
+        config: Mapping[str, Any],
+        adam: AdamSettings,
+        device: torch.device,
+        weights: Weights | None = None,
     ) -> None:
         """All processes must call this.
 
         Args:
-            model: the loaded model on the CPU, parameters in the compute dtype; all of them become trainable.
+            model: on the CPU, parameters in the compute dtype; all of them become trainable.
             config: DeepSpeed's (deepspeed_config.split_deepspeed's `full`), ZeRO stage 1 to 3.
+            weights: where the numbers of parameters on the meta device are; each process reads what it keeps.
         Raises:
-            ValueError: DeepSpeed is too old.
+            ValueError: DeepSpeed is too old, or a weight file cannot be read.
         """
         if tuple(map(int, re.findall(r"\d+", deepspeed.__version__)[:3])) < FULL_NEEDS:
             raise ValueError(
@@ -418,9 +425,11 @@ class FullEngine:
             parameter.requires_grad_(parameter.is_floating_point())
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         with quiet():
-            if self.stage == 3:
+            if weights is not None:
+                fill(model, weights, stage=self.stage, config=config, device=device)
+            elif self.stage == 3:
                 deepspeed.zero.Init(module=model, config_dict_or_path=dict(config))
-            else:
+            if self.stage < 3:
                 model.to(device)
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = _make_optimizer(trained, adam, device=device, config=config)

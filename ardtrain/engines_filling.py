@@ -23,6 +23,19 @@ def can_fill_slices(config: Mapping[str, Any]) -> bool:
     return not config["zero_optimization"].get("zero_quantized_nontrainable_weights", False)
 
 
+def fill(model: nn.Module, weights: Weights, *, stage: int, config: Mapping[str, Any], device: torch.device) -> None:
+    """Gives the parameters on the meta device their numbers: what this process keeps. All processes must call this.
+
+    stage: of ZeRO; 3 shards the model by this config, below it is whole on the device.
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    if stage == 3:
+        fill_slices(model, weights, config, device)
+    else:
+        fill_whole(model, weights, device)
+
+
 def fill_whole(model: nn.Module, weights: Weights, device: torch.device) -> None:
     """Gives each parameter on the meta device its whole value on the device.
 

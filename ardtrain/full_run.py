@@ -42,12 +42,13 @@ class FullRun(Session):
         self.resumed = loaded
         state = LoopState() if loaded is None else loop_state(loaded.loop)
         self.begin(state.step, is_new=loaded is None)
-        model = self.load_base()
+        opened = self.open_base(stage=plan.full["zero_optimization"]["stage"], config=plan.full)
+        model = opened.model
         model.requires_grad_(True)
         if config.gradient_checkpointing:
             enable_checkpointing(model, offload=config.activation_offload, device=self.world.device)
         self.model = model
-        self.engine = FullEngine(model, config=plan.full, adam=self.adam(), device=world.device)
+        self.engine = FullEngine(model, config=plan.full, adam=self.adam(), device=world.device, weights=opened.weights)
         self.check_packing(self.engine.module)
         self.startup.mark("base")
         if loaded is not None:

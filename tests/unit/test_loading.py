@@ -11,7 +11,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 from ardtrain.adapters import DoraLinear, attach
 from ardtrain.backbones import ModelSource, find_sites, init_head, load_model
-from ardtrain.engines import BackboneEngine
+from ardtrain.engines import AdamSettings, BackboneEngine, FullEngine
 from ardtrain.loading import Filler, Shards, Weights, checked, mapping
 from ardtrain.loading.sources import Converted, Given, Pieces, Run, Unread
 from ardtrain.opening import open_model
@@ -184,6 +184,33 @@ def test_dora_measures_the_weight_once_it_is_there(stage, tmp_path, world):
         magnitudes.append([adapter.first_magnitude for adapter in adapters.values()])
     assert all(equal_bits(a, b) for a, b in zip(*magnitudes, strict=True))
     engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_full_fine_tuning_starts_from_slices(stage, tmp_path, world):
+    """Two steps of the whole model, read slice by slice and by transformers: the same weights to the bit."""
+    save(tmp_path, DECODERS["llama tied"](), torch.bfloat16)
+    ids = torch.arange(3, 27).view(2, 12)
+    states = []
+    for whole in (False, True):
+        source = ModelSource(str(tmp_path))
+        model = load_model(source, compute_dtype="bf16") if whole else None
+        opened = open_model(source, compute_dtype="bf16")
+        weights = None if whole else opened.weights
+        config = backbone_config(stage=stage, dtype=torch.bfloat16) | {"gradient_clipping": 1.0}
+        engine = FullEngine(model or opened.model, config=config, adam=AdamSettings(), device=CPU, weights=weights)
+        for _ in range(2):
+            engine.backward(engine.trained(input_ids=ids, labels=ids).loss, last=True)
+            assert engine.step(lr=1e-2) > 0
+        states.append(engine.full_state_dict())
+        engine.destroy()
+    own, reference = states
+    assert list(own) == list(reference)
+    assert all(equal_bits(own[name], reference[name]) for name in own)
+    stored = {}
+    for shard in tmp_path.glob("*.safetensors"):
+        stored |= load_file(shard)
+    assert not any(equal_bits(own[name], value) for name, value in stored.items()), "all of it was trained"
 
 
 def stored_numbers(tmp_path, **tensors):
