@@ -13,11 +13,6 @@ from torch import Tensor, nn
 from ardtrain.loading import Filler, Weights
 
 
-def is_unread(model: nn.Module) -> bool:
-    """Are parameters of the model on the meta device?"""
-    return any(p.is_meta for p in model.parameters())
-
-
 def can_fill_slices(config: Mapping[str, Any]) -> bool:
     """Can a backbone of this DeepSpeed config be filled by slices? Not where DeepSpeed quantises them."""
     return not config["zero_optimization"].get("zero_quantized_nontrainable_weights", False)

@@ -1,6 +1,7 @@
 """The base read by 2 and 3 processes: equal to the whole model to the bit, and no number is read twice."""
 
 import contextlib
+import hashlib
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import transformers as hf
 from ardtrain.backbones import ModelSource, load_model
 from tests.distributed.loading import DTYPES, digest
 from tests.distributed.processes import run_processes
+from tests.runs import write_run
 
 pytestmark = pytest.mark.distributed
 
@@ -54,3 +56,18 @@ def test_each_process_reads_its_slices_alone(count, tmp_path, has_async_io):
         assert sum(f["read"] for f in found) == stored, name
         assert max(f["read"] for f in found) <= stored / count + spread, name
     assert not has_async_io or all(result["large"]["swapped"] for result in results)
+
+
+def test_a_run_verifies_its_weights_on_demand(tmp_path):
+    """A run stops before its first step, with the file's name; with the right checksum it ends well."""
+    config = write_run(tmp_path, eval_steps=None, deepspeed="zero3", verify_weights=True)
+    model = tmp_path / "model" / "model.safetensors"
+    right = hashlib.sha256(model.read_bytes()).hexdigest()
+    arguments, environment = ["-m", "ardtrain", "train", str(config)], {"ARDTRAIN_CACHE": str(tmp_path / "cache")}
+    for noted, code in (("0" * 64, 2), (right, 0)):
+        (model.parent / "SHA256SUMS").write_text(f"{noted}  {model.name}\n")
+        ended = run_processes(1, arguments, folder=tmp_path, timeout=300, environment=environment)
+        assert ended.codes == [code], ended.text()
+        told = f"{model} has the checksum {right[:16]}..., it should have 0000000000000000..."
+        assert (told in ended.outputs[0]) == (code == 2), ended.text()
+    assert "base: read 0.00 of 0.00 GiB in" in (tmp_path / "run" / "logs" / "process-0000.log").read_text()
