@@ -264,6 +264,7 @@ def split_deepspeed(config: RunConfig, *, world_size: int, trainable_numbers: in
         )
     offload = _offload_optimizer(zero, errors, notes, world_size=world_size, trainable_numbers=trainable_numbers)
     _check_offload_param(zero, errors, stage=stage)
+    _check_node_copies(zero, errors, stage=stage, world_size=world_size)
     if config.quantization is not None:
         errors += [
             f"deepspeed.zero_optimization.{key}={zero[key]} stands beside quantization={config.quantization}: {reason}"
@@ -472,6 +473,20 @@ def _check_offload_param(zero: dict[str, Any], errors: list[str], *, stage: obje
         )
     if device == "nvme":
         _check_nvme_path(block, name, errors)
+
+
+def _check_node_copies(zero: Mapping[str, Any], errors: list[str], *, stage: int, world_size: int) -> None:
+    """Refuses ZeRO++'s second copy in each node (hpZ) where DeepSpeed would only assert, or ignore it."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size in (1, "auto"):
+        return
+    name = f"deepspeed.zero_optimization.zero_hpz_partition_size={size}"
+    if not isinstance(size, int) or size < 1:
+        errors.append(f"{name} is no count of processes; write the number of processes of a node")
+    elif stage != 3:
+        errors.append(f"{name} needs stage 3 (it is {stage}); set it, or remove the key")
+    elif world_size % min(size, world_size):
+        errors.append(f"{name} does not divide the {world_size} processes; write the number of processes of a node")
 
 
 def _is_expected(key: str) -> bool:

@@ -48,6 +48,7 @@ FULL_NEEDS = (
     8,
 )  # DeepSpeed that drops a step whose gradient norm is not finite, at every stage; 0.19.3 does not
 CUT_BY = ("sub_group_size", "round_robin_gradients", "parameter_alignment")  # settings of ZeRO that cut it otherwise
+QUANTIZED_GATHER = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 LAYOUT_FILE = "layout.json"  # in a full engine's checkpoint: into which partitions it was cut
 
 
@@ -91,9 +92,15 @@ class BackboneEngine:
             config: the backbone's DeepSpeed config (deepspeed_config.split_deepspeed).
             weights: where the numbers of parameters on the meta device are; each process reads what it keeps.
         Raises:
-            ValueError: a weight file cannot be read.
+            ValueError: a weight file cannot be read; the config asks for a quantised gather without CUDA.
         """
         assert not any(p.requires_grad for p in model.parameters()), "the backbone is frozen"
+        asked = [key for key in QUANTIZED_GATHER if config.get("zero_optimization", {}).get(key)]
+        if asked and device.type == "cpu":
+            raise ValueError(
+                f"deepspeed.zero_optimization.{asked[0]}=true needs CUDA, where alone DeepSpeed has its kernels; "
+                "remove it, or set quantization=int8 or nf4, which gathers codes on any device"
+            )
         self._engine: Any = None
         self.module = model
         if stage == 0:

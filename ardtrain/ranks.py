@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,8 +207,7 @@ class RankTable:
         )
 
 
-@dataclass(frozen=True)
-class SiteChange:
+class SiteChange(NamedTuple):
     """What a plan does to one site.
 
     keep: positions (in the old table) that stay, in their new order; born: how many components join after them;

@@ -53,15 +53,20 @@ def settings(total_steps, dtype):
     )  # fmt: skip
 
 
-def make_arena(world, *, total_steps, moved):
-    """An arena of ElaLoRA that moves so many components at every step after the first, not yet started."""
-    method = ElaLora(
+def make_method(*, total_steps, moved):
+    """ElaLoRA that moves so many components at every step after the first."""
+    return ElaLora(
         ElaLoraSettings(
             total_steps=total_steps, b=moved, k=2, init_warmup=1, final_warmup=1, mask_interval=1,
             enable_scheduler=False, beta1=0.85, beta2=0.85, reg_orth_coef=0.1, reg_orth_form="mean_norm",
             allow_swap=True, newborn_immunity=False, newborn_norm="mean",
         )
     )  # fmt: skip
+
+
+def make_arena(world, *, total_steps, moved):
+    """An arena of it, not yet started."""
+    method = make_method(total_steps=total_steps, moved=moved)
     batch = {"train_batch_size": world.world_size, "train_micro_batch_size_per_gpu": 1}
     adapter = {**batch, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
     return LiveArena(method, world=world, engine_config=adapter, adam=AdamSettings(), seed=0)

@@ -335,7 +335,7 @@ class ArdLora(FixedRank):
         in_use = np.bincount(table.owners[used], minlength=len(table.sites))[sites]  # a wide ramp reaches further
         need = np.minimum(np.maximum(logical + 1, np.repeat(in_use, heads)), most)  # one to grow into
         needs = np.stack([np.maximum.reduceat(need, slots.firsts), most[slots.firsts]], axis=1)
-        wanted = np.array([cached_bucket(n, self.settings.capacities, m) for n, m in needs.tolist()])
+        wanted = np.array([bucket(n, self.settings.capacities, m) for n, m in needs.tolist()])
         outside = self.binding.state["outside"].numpy()
         outside[:] = np.where(np.repeat(wanted != ranks, heads), outside + 1, 0.0)
         moved = (wanted != ranks) & (first | (outside[slots.firsts] >= CHECKS))
@@ -527,6 +527,7 @@ def ramp(ranks: Tensor, place: Tensor, width: float) -> tuple[Tensor, Tensor]:
     return position.clamp(0.0, 1.0), inside.double() / width
 
 
+@lru_cache(maxsize=4096)
 def bucket(need: int, capacities: tuple[int, ...] | None, most: int) -> int:
     """The smallest capacity that holds `need` components, at most `most`.
 
@@ -536,9 +537,6 @@ def bucket(need: int, capacities: tuple[int, ...] | None, most: int) -> int:
         step = max(1, 1 << max(0, (need - 1).bit_length() - 3))
         return min(most, -(-need // step) * step)
     return min(most, next((c for c in sorted(capacities) if c >= need), most))
-
-
-cached_bucket = lru_cache(maxsize=4096)(bucket)
 
 
 def sorted_components(

@@ -94,6 +94,16 @@ def test_stage_3_keys_go_to_the_backbone_and_unknown_ones_are_noted():
     ]
 
 
+def test_nodes_of_hpz_must_divide_the_processes():
+    config = config_of(zero(3, zero_hpz_partition_size=4))
+    for processes in (1, 2, 4, 8):  # fewer than a node has are one node
+        split_deepspeed(config, world_size=processes, trainable_numbers=None)
+    with pytest.raises(
+        ConfigError, match="zero_hpz_partition_size=4 does not divide the 6 processes; write the number"
+    ):
+        split_deepspeed(config, world_size=6, trainable_numbers=None)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_dtype_is_the_backbones_and_the_adapter_stays_fp32(dtype):
     for plan in (plan_of(zero(3), **{dtype: True}), plan_of({dtype: {"enabled": True}})):
@@ -248,6 +258,14 @@ def test_values_that_agree_or_are_auto_are_fine():
         ({"zero_optimization": True}, "deepspeed.zero_optimization=True is no block"),
         (zero(3, offload_param=True), "deepspeed.zero_optimization.offload_param=True is no block"),
         (zero(3, offload_param={"device": "disk"}), "deepspeed.zero_optimization.offload_param.device=disk is unknown"),
+        (
+            zero(0, zero_hpz_partition_size=2),
+            "deepspeed.zero_optimization.zero_hpz_partition_size=2 needs stage 3 (it is",
+        ),
+        (
+            zero(3, zero_hpz_partition_size="all"),
+            "deepspeed.zero_optimization.zero_hpz_partition_size=all is no count of processes; write the number",
+        ),
         (
             zero(2, offload_param={"device": "cpu"}),
             "deepspeed.zero_optimization.offload_param.device=cpu needs zero_optimization.stage 3 (it is 2)",

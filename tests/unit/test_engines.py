@@ -175,6 +175,12 @@ def test_rate_of_zero_moves_no_weight_even_with_decay():
 # ---- silence ----
 
 
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights"])
+def test_a_quantised_gather_is_refused_without_cuda(key):
+    with pytest.raises(ValueError, match=f"{key}=true needs CUDA, .* set quantization=int8 or nf4"):
+        BackboneEngine(tiny_llama(), stage=3, config=backbone_config(stage=3, **{key: True}), device=CPU)
+
+
 def test_quiet_restores_the_loggers_level():
     before = deepspeed_logger.level
     with quiet():

@@ -1,13 +1,16 @@
 """Sums that do not depend on the order or the dealing of grains, and the kernels that may follow them."""
 
+import hashlib
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from ardtrain import collectives
 from ardtrain.collectives import CHUNK, LIMIT_BITS, START_EXPONENT, ExactSum, World, deal, idle_share, next_exponent
 from ardtrain.engines import AdamSettings, _make_optimizer
 from tests.tiny import CPU, equal_bits
@@ -230,3 +233,49 @@ def test_adam_against_numpy():
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         w -= lr * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
     np.testing.assert_allclose(got, np.stack([w, m, v]), rtol=2e-5, atol=1e-7)
+
+
+# ---- agreement ----
+
+
+def agreed(texts, monkeypatch):
+    """What `agree` says on each of as many processes, their messages joined by hand; and how often each gathered."""
+    words, hashes, messages, gathers = [], {}, [], []
+
+    def remember(values, op):
+        assert op == dist.ReduceOp.MAX and values.numel() == 16  # whatever the number of processes
+        words.append(values.clone())
+
+    monkeypatch.setattr(collectives.dist, "all_reduce", remember)
+    for rank, text in enumerate(texts):
+        World(rank, len(texts), CPU).agree("plan", text, step=3)
+    largest = torch.stack(words).amax(0)
+    monkeypatch.setattr(collectives.dist, "all_reduce", lambda values, op: values.copy_(largest))
+    for rank, text in enumerate(texts):
+        hashes[rank] = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+
+    def gather(boxes, own):
+        gathers.append(own)
+        for rank, box in enumerate(boxes):
+            box.copy_(hashes[rank])
+
+    monkeypatch.setattr(collectives.dist, "all_gather", gather)
+    for rank, text in enumerate(texts):
+        try:
+            World(rank, len(texts), CPU).agree("plan", text, step=3)
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages, len(gathers)
+
+
+def test_agreement_costs_one_small_all_reduce(monkeypatch):
+    assert agreed(["same"] * 64, monkeypatch) == ([""] * 64, 0)
+
+
+def test_disagreement_names_those_that_differ_on_every_process(monkeypatch):
+    """Texts of unlike length too; a difference in either direction."""
+    messages, gathers = agreed(["same", "longer than the others", "same", "x"], monkeypatch)
+    assert gathers == 4
+    for message in messages:
+        assert message.startswith("step 3: processes [1, 3] hold another plan than process 0 (hashes ")
