@@ -1,6 +1,7 @@
 """PaliGemma-2 as a base: which task and towers, where adapters sit, ranks that cross towers, ablation with pictures."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from ardtrain.backbones import ModelSource, load_image_processor, load_model, me
 from ardtrain.config import ConfigError
 from ardtrain.preflight import check_model, image_reader, open_data, prepare, tokenizer_of
 from tests.runs import write_run
-from tests.tiny import elalora, tiny_trainer
+from tests.tiny import backbone_config, elalora, tiny_trainer, weights_digest
 from tests.tiny_paligemma import save_tiny_paligemma, tiny_paligemma, write_rows
 from tests.unit.test_ablation import TOLERANCE, Setup
 
@@ -185,3 +186,42 @@ def test_ablation_with_pictures_equals_the_naive_loop(data, prefix_cache):
     assert float(cs.max() - cs.min()) > 1e-3
     vision = [i for i, s in enumerate(setup.table.sites) for _ in range(setup.table.ranks[i]) if s.tower == "vision"]
     assert vision and float(cs[: len(vision)].abs().max()) > 0.0
+
+
+def trained(data, *, steps, resume=None, stage=0, dtype=torch.float32, checkpointing=False, **zero):
+    """Losses by step, the last table and a digest of weights and moments, of a run or what follows a snapshot."""
+    model = tiny_paligemma(dtype=dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = tiny_trainer(
+        elalora(init_warmup=1, mask_interval=2, final_warmup=2, total_steps=12, b=8, k=3),
+        model=model, data=data, total_steps=12, start=resume is None, compute_dtype=dtype, dropout=0.1,
+        backbone=backbone_config(stage=stage, dtype=dtype, **zero),
+    )  # fmt: skip
+    if resume is not None:
+        snapshot, layout, state = resume
+        trainer.arena.build(snapshot, layout)
+        trainer.state = replace(state)
+    losses = {}
+    while trainer.state.step < steps:
+        step = trainer.train_step()
+        losses[step.step] = step.loss.hex()
+    snapshot = trainer.arena.capture()
+    kept = (snapshot, trainer.arena.layout, replace(trainer.state))
+    gathered = trainer.backbone.gathered_parameters()
+    trainer.arena.engine.destroy()
+    trainer.backbone.destroy()
+    assert gathered == 0
+    return losses, weights_digest(snapshot), kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_equal_bits_sharded_offloaded_checkpointed_and_resumed(data, world, dtype):
+    """Five resizes; the second run is cut in the middle and goes on under another stage."""
+    train, _ = data
+    losses, weights, _ = trained(train, steps=12, dtype=dtype)
+    first, _, kept = trained(train, steps=5, dtype=dtype, stage=3, offload_param={"device": "cpu"})
+    second, resumed, _ = trained(train, steps=12, dtype=dtype, resume=kept, stage=3, checkpointing=True)
+    assert first | second == losses
+    assert resumed == weights
+    assert len({*losses.values()}) == 12
