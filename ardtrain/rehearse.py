@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ardtrain import checkpoint, preflight
 from ardtrain.adapter_run import AdapterRun
-from ardtrain.backbones import DTYPES, load_config, meta_model
+from ardtrain.backbones import DTYPES, IMAGE_MODELS, load_config, load_image_processor, meta_model
 from ardtrain.collectives import World
 from ardtrain.config import AloraBlock, ArdLoraBlock, ConfigError, RunConfig, updated
 from ardtrain.evaluation import HeldOut
@@ -173,6 +173,8 @@ def write_base(config: RunConfig, folder: Path, *, compute_dtype: str, num_label
     if Path(source.name_or_path).is_dir():
         for code in Path(source.name_or_path).glob("*.py"):  # of trust_remote_code
             shutil.copy(code, folder)
+    if cut.model_type in IMAGE_MODELS:
+        load_image_processor(source).save_pretrained(folder)
     model = meta_model(replace(source, name_or_path=str(folder)), num_labels=num_labels)
     parameters = dict(model.named_parameters())  # tied ones once
     sizes = {n: p.numel() * (DTYPES[compute_dtype].itemsize if p.is_floating_point() else p.itemsize)

@@ -6,6 +6,8 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -71,6 +73,25 @@ def test_path_uri_and_bytes_give_the_same_pixels(tmp_path):
     assert pixels[0].shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert all(equal_bits(pixels[0], other) for other in pixels)
     assert image_of({"image": png()}, "image").data == png()  # as Parquet gives them
+
+
+def test_parquet_rows_hold_bytes_or_paths(tmp_path):
+    """As Hugging Face's data sets keep pictures, and as a plain column; null rows are named by their number."""
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"bytes": png(1), "path": "b.png"}, {"bytes": None, "path": "a.png"}, None]
+    texts = {"prompt": ["what"] * 3, "completion": ["it"] * 3}
+    pq.write_table(pa.table({"image": rows, **texts}), tmp_path / "structs.parquet")
+    pq.write_table(pa.table({"image": [png(1), png(), b""], **texts}), tmp_path / "bytes.parquet")
+    seen = []
+    for name, message in (("structs", "field 'image' is missing"), ("bytes", "field 'image' is empty")):
+        path = tmp_path / f"{name}.parquet"
+        with pytest.raises(DataError, match=rf"{name}\.parquet:3: .*{message}"):
+            open_rows(path, tmp_path / "cache")
+        data = open_rows(path, tmp_path / "cache", on_bad_row="skip")
+        seen.append([data.collate(grain).pixel_values for grain in data.grains()])
+    assert len(seen[0]) == len(seen[1]) == 2
+    assert all(equal_bits(one, other) for one, other in zip(*seen, strict=True))
+    assert not torch.equal(*seen[0])
 
 
 def test_pixels_are_resized_and_normalised(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from ardtrain.backbones import ModelSource, load_image_processor, load_model, meta_model, never_run
 from ardtrain.config import ConfigError
 from ardtrain.preflight import check_model, image_reader, open_data, prepare, tokenizer_of
+from ardtrain.rehearse import write_base
 from tests.runs import write_run
 from tests.tiny import backbone_config, elalora, tiny_trainer, weights_digest
 from tests.tiny_paligemma import save_tiny_paligemma, tiny_paligemma, write_rows
@@ -225,3 +226,15 @@ def test_equal_bits_sharded_offloaded_checkpointed_and_resumed(data, world, dtyp
     assert first | second == losses
     assert resumed == weights
     assert len({*losses.values()}) == 12
+
+
+def test_rehearsal_has_two_layers_of_each_tower_and_the_image_processor(config_of, tmp_path):
+    config = config_of()
+    write_base(config, tmp_path / "base", compute_dtype="fp32", num_labels=None)
+    source = ModelSource(str(tmp_path / "base"))
+    model = load_model(source, compute_dtype="fp32").model
+    assert len(model.language_model.layers) == len(model.vision_tower.encoder.layers) == 2
+    assert model.config.text_config.layer_types == ["sliding_attention", "full_attention"]
+    assert (
+        load_image_processor(source).to_dict() == load_image_processor(ModelSource(config.model_name_or_path)).to_dict()
+    )
