@@ -15,13 +15,15 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+
+from ardtrain.tracing import part
 
 START_EXPONENT = 44
 HEADROOM_BITS = 8  # a step's gradients may be 2^8 times the last step's before it has to be repeated
@@ -182,7 +184,7 @@ class StepSum:
     gradient: [N] float64-exact sum rounded once to float32, not yet divided; losses, tokens (targets) and processed
     (tokens without padding): per grain, in grain order; largest: max over grains of max|g|; valid: no overflow was
     possible; finite: every grain's loss and gradient were; bad_grains: indices of those that were not; flag: sum of the
-    flags that processes raised; milliseconds: sum of what the processes gave.
+    flags that processes raised; milliseconds: sum of what the processes gave; numbers: what `finish` gave.
     """
 
     gradient: Tensor
@@ -195,6 +197,7 @@ class StepSum:
     bad_grains: tuple[int, ...]
     flag: int
     milliseconds: int = 0
+    numbers: tuple[float, ...] = ()
 
 
 class ExactSum:
@@ -231,12 +234,31 @@ class ExactSum:
         slot[2] = tokens
         slot[3] = processed
 
-    def reduce(self, world: World, *, flag: int = 0, milliseconds: int = 0) -> StepSum:
-        """All processes must call this. One all-reduce, one host synchronisation."""
+    def reduce(
+        self,
+        world: World,
+        *,
+        flag: int = 0,
+        milliseconds: int = 0,
+        finish: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> StepSum:
+        """All processes must call this. One all-reduce, one host synchronisation.
+
+        Args:
+            finish: takes the gradient's sum [N], which it may change, and the step's target tokens (scalar int64), and
+                gives float64 numbers [n] that come to the host with the others. It is also called for a sum that turns
+                out invalid or not finite: nobody knows before the one synchronisation.
+        """
         self._buffer[self._head - 2] = flag
         self._buffer[self._head - 1] = milliseconds
-        world.add_integers(self._buffer)
-        head = self._buffer[: self._head].cpu()
+        with part("wait"):
+            world.add_integers(self._buffer)
+        whole, extra = self._to_float(), self._buffer.new_empty(0)
+        if finish is not None:
+            extra = finish(whole, self._buffer[2 : self._head - 2 : self.COLUMNS].sum()).view(torch.int64)
+        with part("wait"):
+            host = torch.cat([self._buffer[: self._head], extra]).cpu()
+        head, numbers = host[: self._head], host[self._head :].view(torch.float64).tolist()
         flags, spent = head[-2:].tolist()
         table = head[:-2].view(self.num_grains, self.COLUMNS)
         losses = table[:, 0].contiguous().view(torch.float64).tolist()
@@ -249,7 +271,7 @@ class ExactSum:
         largest = max(maxima, default=0.0) if not bad else math.inf
         valid = bool(bad) or self.num_grains * largest * 2.0**self.exponent < 2.0**LIMIT_BITS
         return StepSum(
-            gradient=self._to_float(),
+            gradient=whole,
             losses=tuple(losses),
             tokens=tuple(table[:, 2].tolist()),
             processed=tuple(table[:, 3].tolist()),
@@ -259,6 +281,7 @@ class ExactSum:
             bad_grains=bad,
             flag=flags,
             milliseconds=spent,
+            numbers=tuple(numbers),
         )
 
     def _to_float(self) -> Tensor:

@@ -21,6 +21,7 @@ from ardtrain.collectives import ExactSum, World, deal
 from ardtrain.data import Batch
 from ardtrain.logits import LogitHead, replaced
 from ardtrain.packing import packed_arguments
+from ardtrain.tracing import part
 
 
 class Grains(Protocol):
@@ -102,12 +103,13 @@ def token_loss_sum(
         return logit_head.loss_sum(module, arguments, places.to(device), targets.to(device))
     labels = batch.labels.to(device)
     logits = module(**arguments).logits
-    return F.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
-        labels[:, 1:].reshape(-1),
-        ignore_index=-100,
-        reduction="sum",
-    )
+    with part("loss"):
+        return F.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
+            labels[:, 1:].reshape(-1),
+            ignore_index=-100,
+            reduction="sum",
+        )
 
 
 class LossSum(Protocol):

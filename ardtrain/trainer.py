@@ -24,6 +24,7 @@ from ardtrain.methods.base import Method, Statistics
 from ardtrain.observe import Clock
 from ardtrain.ranks import named_seed
 from ardtrain.resize import LiveArena, ResizeRecord
+from ardtrain.tracing import part
 
 LOSS_SCALE_MIN = 2.0  # of fp16; 1 means no scaling and stays
 DIGEST_CHUNK = 1 << 18  # numbers
@@ -282,7 +283,7 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step of the whole global batch. All processes must call this."""
         step, s = self.state.step, self.settings
-        total, leaf, views = self._sum_of_grains(step)
+        total = self._sum_of_grains(step)
         self.state.step = step + 1
         num_targets, num_tokens = sum(total.tokens), sum(total.processed)
         loss = math.fsum(total.losses) / max(1, num_targets)
@@ -295,17 +296,14 @@ class Trainer:
         )
         if not total.finite:
             return self._void(step, total, loss, lr)
-        mean = total.gradient.div_(num_targets * self.state.loss_scale)
-        gradient, gates = mean[: len(leaf)], mean[len(leaf) :]
+        size = self.arena.layout.size
+        gradient, gates = total.gradient[:size], total.gradient[size:]  # means
+        norm, extra_loss = total.numbers
         if step == 0:
             self._refuse_untouched(gradient)
-        extra = self._add_extra_loss(gradient, leaf, views)
-        norm_and_extra = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64), extra.double()])
-        norm, extra_loss = norm_and_extra.tolist()  # the step's second and last host synchronisation
         if not math.isfinite(norm):
             return self._void(step, total, loss, lr)
         self._good_step()
-        del leaf, views
         before = None
         if s.score_at == "before_step":
             before = Statistics(gradient.clone(), self.arena.engine.weights.clone())
@@ -317,8 +315,9 @@ class Trainer:
             if self.method.wants_held_out_gates(step):
                 gates = self._held_out_gates(step)
             seen = before or Statistics(gradient, self.arena.engine.weights)
-            self.method.observe(step, replace(seen, gates=gates))
-            self.method.after_step(step)
+            with part("scores"):
+                self.method.observe(step, replace(seen, gates=gates))
+                self.method.after_step(step)
             self.state.tokens_seen += num_tokens
             result = StepResult(step, loss, extra_loss, norm, lr, num_targets, num_tokens, False, total.flag)
             try:
@@ -331,7 +330,8 @@ class Trainer:
         engine, ratio = self.arena.engine, self.settings.lora_plus_ratio
         before = engine.weights.clone() if ratio != 1.0 else None
         longest = max(ratio, 1.0)  # AdamW's step is linear in the rate: shortening it loses no bits, lengthening does
-        engine.step(gradient, lr=lr * longest)
+        with part("optimizer"):
+            engine.step(gradient, lr=lr * longest)
         if before is None:
             return
         weights = engine.weights.clone()
@@ -342,8 +342,11 @@ class Trainer:
                 new.copy_(old + (new - old) * share)
         engine.set_weights(weights)
 
-    def _sum_of_grains(self, step: int) -> tuple[StepSum, Tensor, dict[str, dict[str, Tensor]]]:
+    def _sum_of_grains(self, step: int) -> StepSum:
         """Forward and backward of this process's grains and the exact sum over all, gates behind the arena's numbers.
+
+        Its gradient is the mean over the target tokens, with the method's own loss in it; its numbers are the norm and
+        that loss. The step's one host synchronisation is in `reduce`.
 
         Repeated until it is valid: a sum is invalid when a number might have left fixed point's range, or (fp16) when
         only the scaled gradient left float16's. Every process sees the same numbers and lowers the same exponent or
@@ -352,6 +355,13 @@ class Trainer:
         leaf, gates, views = self._bind(step)
         leaves = [leaf] if gates is None else [leaf, gates]
         grains = self.data.grains(step)
+
+        def finish(gradient: Tensor, num_targets: Tensor) -> Tensor:
+            with part("clip"):
+                own = gradient.div_(num_targets.double() * self.state.loss_scale)[: len(leaf)]
+                extra = self._add_extra_loss(own, leaf, views)
+                return torch.stack([torch.linalg.vector_norm(own, dtype=torch.float64), extra.double()])
+
         for _ in range(MAX_REPEATS):
             numbers = sum(t.numel() for t in leaves)
             total = ExactSum(numbers, len(grains), exponent=self.state.exponent, device=self.world.device)
@@ -362,10 +372,12 @@ class Trainer:
                 loss, pieces = self._grain(step, index, batch, leaves)
                 if counted:
                     counts = {"tokens": batch.num_target_tokens, "processed": batch.num_tokens}
-                    total.add(index, loss=loss, gradient=pieces, **counts)
+                    with part("sum"):
+                        total.add(index, loss=loss, gradient=pieces, **counts)
                 self.between()
             spent = int(1000 * (time.perf_counter() - start))
-            result = total.reduce(self.world, flag=self.hooks.stop_flag(), milliseconds=spent)
+            with part("sum"):
+                result = total.reduce(self.world, flag=self.hooks.stop_flag(), milliseconds=spent, finish=finish)
             self.poll.learn(result, len(dealt))
             scale_can_fall = self.state.loss_scale > LOSS_SCALE_MIN and all(map(math.isfinite, result.losses))
             if not result.finite and scale_can_fall:
@@ -374,7 +386,7 @@ class Trainer:
             exponent = next_exponent(result.largest, len(grains), current=self.state.exponent)
             valid, self.state.exponent = result.valid, exponent
             if valid:
-                return result, leaf, views
+                return result
         raise RuntimeError(f"step {step}: no exponent made the gradient's sum valid in {MAX_REPEATS} tries")
 
     def between(self) -> None:
@@ -409,8 +421,10 @@ class Trainer:
         device = self.world.device
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(named_seed(self.settings.seed, step, index))
-            loss = self.loss_sum(self.backbone.module, batch, device=device)
-            gradients = torch.autograd.grad(loss * self.state.loss_scale, leaves, retain_graph=False)
+            with part("forward"):
+                loss = self.loss_sum(self.backbone.module, batch, device=device)
+            with part("backward"):
+                gradients = torch.autograd.grad(loss * self.state.loss_scale, leaves, retain_graph=False)
         self.backbone.release()
         return loss.detach(), list(gradients)
 

@@ -43,7 +43,10 @@ class FloatSum(ExactSum):
         if world.world_size > 1:
             dist.all_reduce(self._sum)
         head = super().reduce(world, **numbers)
-        return type(head)(**{**vars(head), "gradient": self._sum, "valid": True})
+        return type(head)(**{**vars(head), "valid": True})
+
+    def _to_float(self):
+        return self._sum
 
 
 def zero3(world):

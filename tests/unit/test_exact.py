@@ -279,3 +279,22 @@ def test_disagreement_names_those_that_differ_on_every_process(monkeypatch):
     assert gathers == 4
     for message in messages:
         assert message.startswith("step 3: processes [1, 3] hold another plan than process 0 (hashes ")
+
+
+def test_what_finish_computes_comes_with_the_sum():
+    """From the sum over the processes and the step's target tokens; it may change the sum."""
+    grains = grains_of(3)
+    parts = []
+    for own in ([0, 2], [1]):
+        total = ExactSum(1000, 3, exponent=START_EXPONENT, device=CPU)
+        for index in own:
+            total.add(index, loss=grains[index][0], gradient=grains[index][1], tokens=10 + index)
+        parts.append(total)
+    seen = parts[0].reduce(
+        FakeWorld(parts[1:]),
+        finish=lambda sum_, tokens: torch.stack([sum_.div_(2.0).double().sum(), tokens.double()]),
+    )
+    wanted = summed(grains, [range(3)])
+    assert equal_bits(seen.gradient, wanted.gradient / 2.0)
+    assert seen.numbers == ((wanted.gradient / 2.0).double().sum().item(), 33.0)
+    assert (seen.losses, seen.tokens, seen.valid) == (wanted.losses, wanted.tokens, True)

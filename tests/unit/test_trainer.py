@@ -47,6 +47,49 @@ def assert_same_state(a, b):
 # ---- the step ----
 
 
+@pytest.mark.parametrize("method", [Lora, lambda: elalora(**QUICK)], ids=["lora", "elalora"])
+def test_a_step_waits_for_the_device_once(trainers, monkeypatch, method):
+    """Reads of a tensor's numbers by the host, but for data (which lies there) and inside DeepSpeed's own step."""
+    trainer = trainers(method())
+    trainer.train_step()  # looks at the adapters' inputs, and refuses those without a gradient
+    reads, apart = [], []
+
+    def watched(name):
+        whole = getattr(torch.Tensor, name)
+
+        def read(self, *args, **kwargs):
+            if not apart:
+                reads.append(name)
+            apart.append(name)
+            try:
+                return whole(self, *args, **kwargs)
+            finally:
+                apart.pop()
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+    def unwatched(owner, name):
+        whole = getattr(owner, name)
+
+        def run(*args, **kwargs):
+            apart.append(name)
+            try:
+                return whole(*args, **kwargs)
+            finally:
+                apart.pop()
+
+        monkeypatch.setattr(owner, name, run)
+
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        watched(name)
+    unwatched(trainer.data, "collate")
+    unwatched(trainer.arena.engine, "step")
+    unwatched(trainer.backbone, "module")  # transformers asks whether a mask hides anything
+    result = trainer.train_step()
+    # One copy to the host; what follows reads that copy.
+    assert result.grad_norm > 0 and reads == ["cpu", *["tolist"] * 6]
+
+
 def test_loss_is_the_mean_over_the_steps_target_tokens(trainers):
     trainer = trainers()
     data, tokens, real, total = trainer.data, 0, 0, 0.0
