@@ -26,6 +26,7 @@ SHAPES = {
     # hidden, layers, heads, kv heads, mlp, vocabulary
     "256x8": (256, 8, 8, 4, 688, 2048),
     "60m": (512, 12, 8, 8, 1408, 32000),
+    "8b-layer": (4096, 1, 32, 8, 14336, 128256),  # an 8B model's width, one layer deep
     "8b": (4096, 32, 32, 8, 14336, 128256),
     "70b": (8192, 80, 64, 8, 28672, 128256),
 }

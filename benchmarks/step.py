@@ -1,6 +1,6 @@
 """One training step of ours beside PEFT's LoRA in one ZeRO-3 engine, and exact sums beside float sums.
 
-torchrun --nproc-per-node 2 -m benchmarks.step [--shape 256x8] [--blocks 7] [--out FILE]
+torchrun --nproc-per-node 2 -m benchmarks.step [--shape 256x8] [--blocks 7] [--out FILE] [--trace FOLDER]
 
 Same model, ranks (r 8 on all linear layers), batch (2 x 128 tokens a process), ZeRO-3 with CPU parameter and optimizer
 offload, torch's AdamW on the host in both. The three variants take turns in blocks of steps within one start, so that
@@ -22,6 +22,7 @@ from ardtrain.resize import LiveArena
 from ardtrain.trainer import Trainer
 from benchmarks.common import SHAPES, described, join_world, machine, parser, random_llama, summary, timed, write
 from benchmarks.resize import settings
+from benchmarks.trace import name_zero_hooks, table, trace
 from tests.tiny import TokenBatches
 
 R = 8
@@ -124,9 +125,23 @@ def main():
     options.add_argument("--shape", choices=sorted(SHAPES), default="256x8")
     options.add_argument("--blocks", type=int, default=7)
     options.add_argument("--steps", type=int, default=5, help="steps a block")
+    options.add_argument("--trace", metavar="FOLDER", help="profile our step alone: chrome trace there, shares printed")
     arguments = options.parse_args()
     world = join_world()
+    if arguments.trace:
+        name_zero_hooks()
     trainer = ours(arguments, world)
+    if arguments.trace:
+        for _ in range(3):
+            trainer.train_step()
+        shares = trace(trainer.train_step, arguments.trace, steps=arguments.steps, dp_rank=world.global_rank)
+        arguments.trace = None
+        if world.is_main:
+            print(table(shares))
+            write({"benchmark": "step_trace", "machine": machine(), "arguments": described(arguments),
+                   "processes": world.world_size, **shares}, arguments.out)  # fmt: skip
+        world.leave()
+        return
     peft, peft_numbers = peft_step(arguments, world)
 
     def block(kind):
