@@ -121,7 +121,7 @@ class Session(ABC):
         """
         source = preflight.model_source(self.config)
         if take_quantization(source, load_config(source)):
-            opened = self.open_base(stage=0, config={})
+            opened = self._open(shares=1)
             assert opened.weights is not None, "or open_model refuses"
             fill_whole(opened.model, opened.weights, torch.device("cpu"))
             return opened.model
@@ -150,6 +150,10 @@ class Session(ABC):
         if stage == 3 and not can_fill_slices(config):
             logger.warning("DeepSpeed quantises the slices of the base, so every process loads all of it")
             return Opened(self.load_base(), None)
+        return self._open(shares=self.world.world_size if stage == 3 else 1)
+
+    def _open(self, *, shares: int) -> Opened:
+        """The base for an engine that keeps one of this many shares of it on each process; no communication."""
         opened = open_model(preflight.model_source(self.config), **self._base_arguments())
         if self.prepared.shape.labels:
             init_head(opened.model, self.config.seed)
@@ -164,7 +168,6 @@ class Session(ABC):
         shards, start = opened.shards, time.monotonic()
         weights = checked(opened.weights) if self.config.verify_weights else opened.weights
         weights = quantized(weights, packings)
-        shares = self.world.world_size if stage == 3 else 1
         bar = ReadingBar(weights.nbytes(opened.model) // shares, is_main=self.world.is_main)
 
         def close() -> None:
