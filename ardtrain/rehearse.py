@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ardtrain import checkpoint, preflight
 from ardtrain.adapter_run import AdapterRun
-from ardtrain.backbones import DTYPES, IMAGE_MODELS, load_config, load_image_processor, meta_model
+from ardtrain.backbones import DTYPES, IMAGE_MODELS, load_config, load_image_processor, meta_model, take_quantization
 from ardtrain.collectives import World
 from ardtrain.config import AloraBlock, ArdLoraBlock, ConfigError, RunConfig, updated
 from ardtrain.evaluation import HeldOut
@@ -162,6 +162,7 @@ def write_base(config: RunConfig, folder: Path, *, compute_dtype: str, num_label
     """
     source = preflight.model_source(config)
     cut = load_config(source)
+    take_quantization(source, cut)  # of bitsandbytes' files: these are in the compute dtype
     for tower in {id(c): c for c in (cut.get_text_config(), getattr(cut, "vision_config", None)) if c}.values():
         for name, value in cut_layers(tower.to_dict(), num_layers=tower.num_hidden_layers).items():
             setattr(tower, name, value)

@@ -24,7 +24,7 @@ def test_rehearsal_by_deepspeeds_launcher(tmp_path):
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     clean |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"}
     clean |= {"ARDTRAIN_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=clean, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=clean, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-6000:]
     assert text.count("rehearsal passed in ") == 1 and "processes: 2 on cpu, base ZeRO-3" in text

@@ -21,7 +21,7 @@ def test_trained_token_rows_give_the_same_bits_everywhere(tmp_path):
         config = write_run(tmp_path, name, **SETTINGS)
         command = ["-m", "ardtrain", "train", str(config), *overrides]
         cache = {"ARDTRAIN_CACHE": str(tmp_path / "cache")}
-        ended = run_processes(processes, command, folder=tmp_path, timeout=300, environment=cache)
+        ended = run_processes(processes, command, folder=tmp_path, timeout=600, environment=cache)
         assert ended.codes == [0] * processes, ended.text()
         return ended.outputs[0]
 

@@ -140,3 +140,17 @@ def test_training_data_of_a_table_end_to_end(tmp_path, tokenizer):
     data = TrainData(make(path), tokenizer, tmp_path / "c", global_batch_size=8, grain_size=4, max_steps=2)
     batch = data.collate(data.grains(0)[0])
     assert batch.input_ids.shape[0] == 4 and data.sample_ids(data.grains(0)[0])[0].startswith(f"{path}:")
+
+
+def test_cache_key_follows_template_length_and_tokenizer(tmp_path, tokenizer):
+    """All else that decides samples, so that no run finds another's rows."""
+    path = jsonl(tmp_path / "a.jsonl", ROWS[:3])
+    changes = [{}, {"max_length": 32}, {"prompt_template": "{prompt}?"}, {"chat_template": "{{ messages }}"}]
+    keys = [Samples(make(path, **change), tokenizer, tmp_path / "c").cache_key for change in changes]
+    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    other.chat_template = "{{ messages }}"
+    keys.append(Samples(make(path), other, tmp_path / "c").cache_key)
+    other.add_tokens(["1 = "])
+    keys.append(Samples(make(path), other, tmp_path / "c").cache_key)
+    assert len(set(keys)) == 6
+    assert Samples(make(path, seed=9), tokenizer, tmp_path / "c").cache_key == keys[0]  # the order is no part of it

@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from ardtrain.rehearse import Parts, RehearsalRun, cut_layers, forced_move, rehe
 from ardtrain.session import Surroundings
 from tests.runs import fingerprint, lines, write_run
 from tests.tiny import save_tiny_llama, sites_of
+from tests.tiny_paligemma import save_tiny_paligemma, write_rows
 
 NO_BLOCK = {"elalora": None}
 
@@ -170,6 +172,7 @@ def test_base_is_a_function_of_the_seed_and_loads_like_any_other(tmp_path, monke
         layer_types=["sliding_attention"] * 5 + ["full_attention"],
     )  # fmt: skip
     run_of(tmp_path)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}  # of the real base's files
     config.save_pretrained(tmp_path / "model")
     _, prepared = run_of(tmp_path)
     monkeypatch.setattr(rehearse, "SHARD_BYTES", 8192)
@@ -182,4 +185,23 @@ def test_base_is_a_function_of_the_seed_and_loads_like_any_other(tmp_path, monke
     assert model.config.layer_types == ["sliding_attention", "full_attention"] and len(model.model.layers) == 2
     assert sum(p.numel() * 2 for p in model.parameters()) == sizes[0] == sizes[1]
     assert float(model.model.embed_tokens.weight.float().std()) == pytest.approx(0.02, rel=0.1)
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["num_hidden_layers"] == 2
+    written = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert written["num_hidden_layers"] == 2 and "quantization_config" not in written
+
+
+def test_a_model_with_pictures_is_rehearsed(tmp_path, world, capsys):
+    """Both towers are cut; the image processor comes along."""
+    save_tiny_paligemma(tmp_path / "model", layers=4, vision_layers=3)
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        weights.unlink()
+    rows = str(write_rows(tmp_path))
+    path = write_run(
+        tmp_path, task="image_text_to_text", data={"train_file": rows, "eval_file": rows}, r=2, global_batch_size=4
+    )
+    rehearse.rehearse(prepare(path, (), world_size=1), around(world, tmp_path / "run" / "rehearsal"))
+    assert "rehearsal passed in " in capsys.readouterr().out
+    start, *events = lines(tmp_path / "run" / "rehearsal" / "ranks.jsonl")
+    layers = {
+        re.search(r"(vision|language).*layers\.(\d)", site)[0][-1] for site in start["table"] if "layers." in site
+    }
+    assert layers == {"0", "1"} and len(events) == 1
