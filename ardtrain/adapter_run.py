@@ -25,11 +25,12 @@ from ardtrain.adapters import (
     first_dense,
 )
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import DTYPES, enable_checkpointing, head_linears
+from ardtrain.backbones import DTYPES, enable_checkpointing
 from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import image_inputs, loss_sum
 from ardtrain.faults import StopCode
+from ardtrain.loading import read_modules
 from ardtrain.logits import LogitHead, find_logit_head
 from ardtrain.methods.base import Method
 from ardtrain.prefix_mask import check_first_masks
@@ -133,8 +134,10 @@ class AdapterRun(Session):
         self.adapters: dict[str, AdapterLinear | DenseModule] = {
             **attach(model, sites, dropout=dropout, form=form, heads=shape.heads)
         }
-        if shape.labels:
-            self.adapters |= attach_dense(model, list(head_linears(model)))
+        in_full = list(preflight.in_full(config, model))
+        if opened.weights is not None:
+            read_modules(model, opened.weights, in_full)
+        self.adapters |= attach_dense(model, in_full)
         self.backbone = BackboneEngine(
             model,
             stage=plan.backbone_stage,

@@ -321,6 +321,27 @@ def base_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return linear_modules(model, skip=[*skip, *head_linears(model), *never_run(model)])
 
 
+def tower_linears(model: PreTrainedModel, tower: str) -> dict[str, nn.Linear]:
+    """Path -> linear of a tower that is trained in full.
+
+    Raises:
+        ValueError: the model has no such tower, or it is made of more than linears.
+    """
+    linears = {name: linear for name, linear in base_linears(model).items() if tower_of(name) == tower}
+    held = {f"{path}.{name}" for path, linear in linears.items() for name, _ in linear.named_parameters(recurse=False)}
+    every = {name: p.numel() for name, p in model.named_parameters() if tower_of(name) == tower}
+    others = [name for name in every if name not in held]
+    if others or not every:
+        reason = (
+            f"{len(others)} of the tower's {len(every)} tensors are no linear layer's, e.g. {others[0]}, and its "
+            f"{sum(every.values()):,} numbers would lie whole on every process (float32 weights, moments, gradient)"
+            if others
+            else "the model has no such tower"
+        )
+        raise ValueError(f"targets.{tower}.full=true: {reason}; use an adapter there, with a larger r if need be")
+    return linears
+
+
 def quantize_base(model: PreTrainedModel, format: Format, *, carried: bool = False) -> dict[str, Packing]:
     """Quantises the base's linears in place, adapted or not. Embeddings, norms, convolutions, biases, and weights that
     are no linear's (the stacked experts of some mixtures) or another module's as well stay as they are.

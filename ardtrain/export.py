@@ -110,7 +110,9 @@ def peft_config(
     largest = max(ranks.values(), default=1)
     uneven = {module: r for module, r in ranks.items() if r != largest}
     parts = {(entry.module, entry.part) for entry in layout.dense}
-    in_full = {m.partition(".")[0] for m, part in parts if part not in ("magnitude", TOKEN_ROWS)}
+    dense = {module for module, part in parts if part not in ("magnitude", TOKEN_ROWS)}
+    # PEFT adds the top-level `classifier` or `score` itself: a path below it would be wrapped twice.
+    in_full = {module if module.startswith("model.") else module.partition(".")[0] for module in dense}
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -128,7 +130,6 @@ def peft_config(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        # PEFT adds the top-level `classifier` or `score` itself: a path below it would be wrapped twice.
         "modules_to_save": sorted(in_full) or None,
         "trainable_token_indices": list(token_ids) or None,
     }

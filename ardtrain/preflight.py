@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ardtrain.adapters import dense_entries, linear_modules
@@ -25,6 +25,7 @@ from ardtrain.backbones import (
     load_tokenizer,
     meta_model,
     tower_config,
+    tower_linears,
 )
 from ardtrain.backbones import load_config as load_model_config
 from ardtrain.collectives import idle_share
@@ -89,7 +90,7 @@ def check_model(config: RunConfig) -> Shape:
     try:
         _check_task(config)
         model = meta_model(model_source(config), num_labels=len(labels) or None)
-        trained_linears = head_linears(model) if labels else {}
+        trained_linears = in_full(config, model)
         refuse_whole_embeddings(model, modules_to_save=config.modules_to_save, target_modules=config.target_modules)
         tokens = _trained_tokens(config, model)
         trained = (*dense_entries(trained_linears), *token_entry(model, tokens))
@@ -116,6 +117,18 @@ def check_model(config: RunConfig) -> Shape:
     return replace(shape, num_trained=num_trained, dense=dense)
 
 
+def in_full(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Path -> linear of what is trained in full beside adapters: a classification head, towers that are set so.
+
+    Raises:
+        ValueError: a tower is not made of linears alone.
+    """
+    out = head_linears(model) if config.task == "sequence_classification" else {}
+    for tower, own in config.targets.items():
+        out |= tower_linears(model, tower) if own.full else {}
+    return out
+
+
 def _check_task(config: RunConfig) -> None:
     """A model that sees pictures and the task with pictures belong together."""
     kind, images = load_model_config(model_source(config)).model_type, config.task == "image_text_to_text"
@@ -128,7 +141,7 @@ def _check_task(config: RunConfig) -> None:
 
 def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[int], dict[str, Heads]]:
     """Sites, first ranks and, for ARD-LoRA, the matrices that are cut by head."""
-    frozen = [tower for tower, own in config.targets.items() if own.frozen]
+    frozen = [tower for tower, own in config.targets.items() if own.frozen or own.full]
     towers = {tower: adapter_settings(config, tower) for tower in config.targets if tower not in frozen}
     sites, ranks = find_sites(
         model,

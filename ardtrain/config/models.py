@@ -36,17 +36,19 @@ class TargetBlock(Block):
 
     frozen: bool = False
     """No adapter in this tower."""
+    full: bool = False
+    """Train the tower itself in full, beside the others' adapters; for a tower of linear layers alone (projector)."""
     r: int | None = Field(default=None, ge=1)
     lora_alpha: float | None = Field(default=None, gt=0)
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)
 
     def cross_field_errors(self) -> list[str]:
+        without = [name for name in ("frozen", "full") if getattr(self, name)]
         given = [name for name in ("r", "lora_alpha", "lora_dropout") if getattr(self, name) is not None]
-        return (
-            [f"{given[0]} stands beside frozen=true, which leaves no adapter; remove one"]
-            if self.frozen and given
-            else []
-        )
+        if len(without) == 2 or (without and given):
+            other = given[0] if given else "full"
+            return [f"{other} stands beside {without[0]}=true, which leaves no adapter; remove one"]
+        return []
 
 
 class DataBlock(Block):
@@ -415,6 +417,12 @@ class RunConfig(Block):
             errors.append("packing=true has no meaning for task=sequence_classification, one label a row; remove it")
         if self.task == "image_text_to_text":
             errors += self._image_errors()
+        in_full = [tower for tower, own in self.targets.items() if own.full]
+        if in_full and self.quantization is not None:
+            errors.append(
+                f"targets.{in_full[0]}.full=true stands beside quantization={self.quantization}, whose weights are not "
+                "trained; remove one"
+            )
         return errors
 
     def _image_errors(self) -> list[str]:

@@ -6,7 +6,7 @@ transformers' own rules which source a parameter of the model has, `quantizing` 
 is the engines' (engines_filling.py).
 """
 
-from ardtrain.loading.filling import Filler, Weights
+from ardtrain.loading.filling import Filler, Weights, read_modules
 from ardtrain.loading.mapping import NotMapped, map_parameters
 from ardtrain.loading.quantizing import quantized
 from ardtrain.loading.shards import Shards, Stored
@@ -25,5 +25,6 @@ __all__ = [
     "known_checksum",
     "map_parameters",
     "quantized",
+    "read_modules",
     "verify_files",
 ]

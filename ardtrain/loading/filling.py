@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
@@ -32,6 +32,21 @@ class Weights:
         """Of all parameters of the model that are on the meta device, a tied one once."""
         unread = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         return sum(math.prod(self.sources[n].shape) * self.sources[n].dtype.itemsize for n in unread)
+
+
+def read_modules(model: nn.Module, weights: Weights, paths: Sequence[str]) -> None:
+    """Reads these modules' own parameters whole, on the CPU, where they are on the meta device.
+
+    Raises:
+        ValueError: a file is at fault.
+    """
+    for path in paths:
+        module = model.get_submodule(path)
+        for name, unread in list(module.named_parameters(recurse=False)):
+            if unread.is_meta:
+                values = weights.sources[f"{path}.{name}"].read(0, unread.numel()).view(unread.shape)
+                setattr(module, name, nn.Parameter(values, requires_grad=unread.requires_grad))
+                weights.progress(values.nbytes)
 
 
 class Filler:

@@ -93,6 +93,24 @@ def test_towers_can_be_frozen(config_of):
         config_of(targets={"audio": {"frozen": True}})
 
 
+def test_projector_can_be_trained_in_full(config_of):
+    shape = check_model(config_of(targets={"projector": {"full": True}}))
+    assert list(towers(shape.table)) == ["vision", "language"]
+    linear = "model.multi_modal_projector.linear"
+    assert [(d.module, d.part, d.rows, d.columns) for d in shape.dense] == [
+        (linear, "weight", 32, 32), (linear, "bias", 1, 32),
+    ]  # fmt: skip
+    message = "targets.vision.full=true: 24 of the tower's .* tensors are no linear layer's, e.g. model.vision_tower"
+    with pytest.raises(ConfigError, match=message):
+        config_of(targets={"vision": {"full": True}})
+    with pytest.raises(ConfigError, match=r"targets\.audio\.full=true: the model has no such tower; use an adapter"):
+        config_of(targets={"audio": {"full": True}})
+    with pytest.raises(ConfigError, match=r"targets\.vision.*full stands beside frozen=true"):
+        config_of(targets={"vision": {"full": True, "frozen": True}})
+    with pytest.raises(ConfigError, match="targets.projector.full=true stands beside quantization=int8, whose weights"):
+        config_of(targets={"projector": {"full": True}}, quantization="int8")
+
+
 def test_heads_of_both_towers(config_of):
     """ARD-LoRA cuts SigLIP's out_proj and Gemma's grouped k and v by their own head counts."""
     shape = check_model(config_of(method="ard_lora", elalora=None, r=2))

@@ -1,0 +1,94 @@
+"""PaliGemma-2 from config to adapter: equal bits on one and two processes, ZeRO-0 and ZeRO-3 with offload, resumed."""
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tests.distributed.processes import run_processes
+from tests.runs import fingerprint, lines, write_run
+from tests.tiny_paligemma import (
+    NUM_IMAGE_TOKENS,
+    image_processor,
+    letter_tokenizer,
+    picture,
+    save_tiny_paligemma,
+    tiny_paligemma,
+    write_rows,
+)
+
+pytestmark = pytest.mark.launch
+CUT = 7
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paligemma")
+    save_tiny_paligemma(folder / "model")
+    write_rows(folder, "train", 24)
+    write_rows(folder, "dev", 8, seed=1)
+
+    def run(name, count, *overrides):
+        config = write_run(
+            folder,
+            name,
+            task="image_text_to_text",
+            targets={"vision": {"r": 3}, "projector": {"full": True}},
+            save_steps=CUT,
+        )
+        arguments = ["-m", "ardtrain", "train", str(config), *overrides]
+        environment = {"ARDTRAIN_CACHE": str(folder / "cache")}
+        ended = run_processes(count, arguments, folder=folder, timeout=500, environment=environment)
+        assert ended.codes == [0] * count, ended.text()
+        return folder / name, ended.outputs[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+    return start("alone", 1)
+
+
+def test_run_moves_ranks_and_its_adapter_is_read_back(alone):
+    run, said = alone
+    assert "PEFT's logits" in said
+    assert "total rank by tower: vision 36, language 112" in said
+    events = lines(run / "ranks.jsonl")
+    assert len(events) > 3
+    assert {sum(event["towers"].values()) for event in events} == {148}
+    assert len({tuple(event["towers"].items()) for event in events}) > 1, "no rank crossed a border of towers"
+    base = tiny_paligemma()
+    tokenizer = letter_tokenizer()
+    ids = torch.tensor([[4] * NUM_IMAGE_TOKENS + [2, *tokenizer("what\n", add_special_tokens=False)["input_ids"]]])
+    pixels = image_processor()(images=[picture(1)], return_tensors="pt")["pixel_values"]
+    inputs = {"input_ids": ids, "pixel_values": pixels, "token_type_ids": torch.zeros_like(ids)}
+    with torch.no_grad():
+        before = base(**inputs).logits
+        after = PeftModel.from_pretrained(base, str(run / "adapter")).eval()(**inputs).logits
+    assert (before - after).abs().max() > 1e-4
+    names = [name for name, _ in base.named_modules() if name.endswith("lora_A")]
+    assert {"vision_tower", "language_model"} <= {part for name in names for part in name.split(".")}
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.multi_modal_projector.linear"
+    for part, own in tiny_paligemma().model.multi_modal_projector.linear.named_parameters():
+        assert (trained[f"{prefix}.{part}"] - own).abs().max() > 1e-4
+
+
+def test_resumed_on_two_processes_under_zero3_with_offload(start, alone):
+    run, _ = start(
+        "resumed", 2, f"resume_from_checkpoint={alone[0] / f'checkpoint-{CUT}'}", "deepspeed=zero3_offload",
+        "gradient_checkpointing=true",
+    )  # fmt: skip
+    mine, theirs = fingerprint(run), fingerprint(alone[0])
+    for name in ("losses", "held_out"):
+        assert mine[name] == {step: value for step, value in theirs[name].items() if step > CUT}
+    assert mine["weights"] == theirs["weights"]
+    assert mine["adapter"] == theirs["adapter"]
+    assert mine["tables"][-1] == theirs["tables"][-1]
+
+
+@pytest.mark.full
+def test_two_processes_from_the_start_under_zero3(start, alone):
+    run, _ = start("together", 2, "deepspeed=zero3_offload")
+    assert fingerprint(run) == fingerprint(alone[0])
