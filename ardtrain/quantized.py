@@ -15,6 +15,7 @@ Letters: N leading dimensions of an activation, I in, O out, U units.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,11 +90,16 @@ def quantize_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
     return nearest[:, 0::2] << 4 | nearest[:, 1::2], scales
 
 
+@functools.cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """[256, 2] float32: the values of a byte's two codes. Once a device: a copy from the host waits for the device."""
+    table = torch.tensor(NF4_VALUES)
+    return torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1).to(device)
+
+
 def dequantize_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """[U, 64] in dtype: value of the code times scale in float32, rounded once. codes [U, 32] uint8, scales [U]."""
-    table = torch.tensor(NF4_VALUES, device=codes.device)
-    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)  # [256, 2]: both codes of a byte
-    values = pairs.index_select(0, codes.reshape(-1).int()).view(len(codes), BLOCK)
+    values = _nf4_pairs(codes.device).index_select(0, codes.reshape(-1).int()).view(len(codes), BLOCK)
     return values.mul_(scales[:, None]).to(dtype)
 
 
