@@ -22,6 +22,7 @@ from ardtrain.config import (
     updated,
     with_batch,
 )
+from ardtrain.gather_sizes import WeightSizes, without_auto
 
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 NVME_PLACEHOLDER = "SET_ME"  # ds_configs/zero3_nvme.json: every cluster has its own path
@@ -237,7 +238,9 @@ def _take_dtype(taker: _Taker, source: dict[str, Any]) -> None:
             taker.notes.append(f"deepspeed.fp16.{', '.join(block)}: no effect; the loss scaler is ours (powers of two)")
 
 
-def split_deepspeed(config: RunConfig, *, world_size: int, trainable_numbers: int | None = None) -> DeepSpeedPlan:
+def split_deepspeed(
+    config: RunConfig, *, world_size: int, trainable_numbers: int | None = None, sizes: WeightSizes | None = None
+) -> DeepSpeedPlan:
     """The two engines' DeepSpeed configs, or that of method `full`.
 
     Args:
@@ -245,12 +248,13 @@ def split_deepspeed(config: RunConfig, *, world_size: int, trainable_numbers: in
         world_size: processes, all data-parallel.
         trainable_numbers: size of the arena (`full`: of the model), if known: sizes the reduce bucket and the figures
             in errors.
+        sizes: of the base's weights, if known: choose the `auto` values of ZeRO-3.
     Raises:
         ConfigError: as `with_deepspeed`; or an offload that the stage does not allow.
     """
     config, notes = take_over(config)
     if config.method == "full":
-        return _full_plan(config, notes, world_size=world_size, trainable_numbers=trainable_numbers)
+        return _full_plan(config, notes, world_size=world_size, trainable_numbers=trainable_numbers, sizes=sizes)
     source = copy.deepcopy(config.deepspeed) if isinstance(config.deepspeed, dict) else {}
     errors: list[str] = []
     zero = _block(source, "zero_optimization", errors)
@@ -276,6 +280,8 @@ def split_deepspeed(config: RunConfig, *, world_size: int, trainable_numbers: in
     backbone_stage: Literal[0, 3] = 3 if stage == 3 else 0
     dtype = _compute_dtype(config)
     plain = _without_auto(source, notes)
+    if sizes is not None:
+        zero = without_auto(zero, sizes, world_size, notes)
     zero = _without_auto(zero, notes, "zero_optimization.")
     others = [
         *(key for key in plain if key != "aio"),
@@ -299,7 +305,14 @@ def _compute_dtype(config: RunConfig) -> ComputeDtype:
     return "bf16" if config.bf16 else "fp16" if config.fp16 else "fp32"
 
 
-def _full_plan(config: RunConfig, notes: list[str], *, world_size: int, trainable_numbers: int | None) -> DeepSpeedPlan:
+def _full_plan(
+    config: RunConfig,
+    notes: list[str],
+    *,
+    world_size: int,
+    trainable_numbers: int | None,
+    sizes: WeightSizes | None,
+) -> DeepSpeedPlan:
     """The user's JSON whole, with what is ours filled in: batch triple, clipping, dtype, a reduce bucket that fits.
 
     gradient_accumulation_steps is ceil(G / processes), the most that a step has; a short last one has fewer.
@@ -327,6 +340,8 @@ def _full_plan(config: RunConfig, notes: list[str], *, world_size: int, trainabl
     if errors:
         raise ConfigError(errors)
     plain = _without_auto(source, notes)
+    if sizes is not None:
+        zero = without_auto(zero, sizes, world_size, notes)
     zero = _without_auto(zero, notes, "zero_optimization.")
     num_micro_steps = accumulation_steps(with_batch(config, world_size), world_size)
     grain = config.per_device_train_batch_size

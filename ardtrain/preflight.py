@@ -46,6 +46,7 @@ from ardtrain.config import (
 from ardtrain.data import DataSettings, EvalData, TrainData
 from ardtrain.data_rows import find_labels
 from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
+from ardtrain.gather_sizes import WeightSizes
 from ardtrain.heads import Heads, find_heads, split_heads
 from ardtrain.images import ImageReader, ImageSettings, image_settings
 from ardtrain.importing import place, read_adapter
@@ -72,6 +73,7 @@ class Shape:
     labels: tuple[str, ...] = ()  # of a classification run
     tokens: tuple[int, ...] = ()  # whose rows of the embedding are trained
     rows: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # of init_from: site -> part -> [r, columns]
+    sizes: WeightSizes | None = None  # of the weights that ZeRO-3 shards
 
 
 def model_source(config: RunConfig) -> ModelSource:
@@ -90,6 +92,14 @@ def check_model(config: RunConfig) -> Shape:
     try:
         _check_task(config)
         model = meta_model(model_source(config), num_labels=len(labels) or None)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    return shape_of(config, model, labels)
+
+
+def shape_of(config: RunConfig, model: PreTrainedModel, labels: tuple[str, ...]) -> Shape:
+    """`check_model` of a model that is there, on the meta device."""
+    try:
         trained_linears = in_full(config, model)
         refuse_whole_embeddings(model, modules_to_save=config.modules_to_save, target_modules=config.target_modules)
         tokens = _trained_tokens(config, model)
@@ -107,9 +117,10 @@ def check_model(config: RunConfig) -> Shape:
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     num_base = sum(p.numel() for p in model.parameters())
     table = RankTable.start(sites, ranks)
+    sizes = weight_sizes(model)
     if config.method == "full":
-        return Shape(RankTable.start((), ()), num_base, num_base, fingerprint, labels=labels)
-    shape = Shape(table, 0, num_base, fingerprint, heads, trained, labels, tokens, rows)
+        return Shape(RankTable.start((), ()), num_base, num_base, fingerprint, labels=labels, sizes=sizes)
+    shape = Shape(table, 0, num_base, fingerprint, heads, trained, labels, tokens, rows, sizes)
     _check_shortlist(config, table)
     method = make_method(config, shape, total_steps=UNKNOWN_STEPS)  # for shapes alone
     dense = (*method.dense(sites), *shape.dense)
@@ -137,6 +148,20 @@ def _check_task(config: RunConfig) -> None:
             f"task={config.task} does not fit a model of type {kind!r}; "
             + (f"use one of {', '.join(IMAGE_MODELS)}" if images else "set task=image_text_to_text")
         )
+
+
+def weight_sizes(model: PreTrainedModel) -> WeightSizes:
+    """Of the model's weights; its largest repeated layer stands for all."""
+    weights = list(model.parameters())
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [m for m in model.modules() if type(m).__name__ in names] or [model]
+    largest = max(layers, key=lambda layer: sum(p.numel() for p in layer.parameters()))
+    return WeightSizes(
+        max((p.numel() for p in weights), default=0),
+        max((p.numel() for p in weights if p.dim() == 1), default=0),
+        sum(p.numel() for p in largest.parameters()),
+        len(list(largest.parameters())),
+    )
 
 
 def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[int], dict[str, Heads]]:
@@ -446,7 +471,7 @@ def prepare_config(config: RunConfig, notes: Sequence[str] = (), *, world_size: 
     """Shapes and DeepSpeed plan of a resolved config. Raises ConfigError."""
     notes = list(notes)
     shape = check_model(config)
-    plan = split_deepspeed(config, world_size=world_size, trainable_numbers=shape.num_trained)
+    plan = split_deepspeed(config, world_size=world_size, trainable_numbers=shape.num_trained, sizes=shape.sizes)
     if config.num_grains < world_size:
         idle = world_size - config.num_grains
         notes.append(f"{config.num_grains} grains for {world_size} processes: {idle} repeat work that is dropped")

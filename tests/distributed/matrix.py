@@ -22,11 +22,13 @@ from ardtrain.backbones import enable_checkpointing
 from ardtrain.collectives import World
 from ardtrain.engines import start_deepspeed
 from ardtrain.evaluation import loss_sum
+from ardtrain.gather_sizes import RULES
 from ardtrain.logits import find_logit_head
 from ardtrain.methods.adalora import AdaLora, AdaLoraSettings
 from ardtrain.methods.alora import Alora, AloraSettings
 from ardtrain.methods.dora import Dora
 from ardtrain.methods.lora import Lora
+from ardtrain.preflight import weight_sizes
 from ardtrain.trainer import LoopState
 from tests.tiny import (
     HeldOutBatches,
@@ -82,11 +84,14 @@ def build(case, world):
     elif case.get("offload_param") == "nvme":
         zero["offload_param"] = {"device": "nvme", "nvme_path": case["nvme_path"], "buffer_size": 1_000_000}
     size = world.world_size
+    model = tiny_llama(dtype=dtype)
+    if case.get("auto"):  # as a config that says `auto` for each of ZeRO-3's sizes
+        sizes = weight_sizes(model)
+        zero |= {name: rule(sizes, size)[0] for name, rule in RULES.items() if name.startswith("stage3_")}
     backbone = backbone_config(stage=case.get("stage", 0), dtype=dtype, world_size=size, **zero)
     adapter = adapter_config(
         stage=case.get("arena_stage", 1), offload=case.get("offload_optimizer", False), world_size=size
     )
-    model = tiny_llama(dtype=dtype)
     if case.get("gradient_checkpointing"):
         enable_checkpointing(model, offload=case["gradient_checkpointing"] == "offloaded", device=world.device)
     make = family.get("method", lambda: elalora(init_warmup=4, final_warmup=8, mask_interval=4, b=6, k=2))

@@ -45,7 +45,7 @@ def cases_of(world_size, folder, nvme):
             "bf16/z3 opt ckpt": {"family": "bf16", **Z3, **off_opt, "gradient_checkpointing": "offloaded"},
         },
         2: {
-            "fp32/z3 cpu opt ckpt": {"family": "fp32", **Z3, **cpu, **off_opt, **ckpt},
+            "fp32/z3 cpu opt ckpt auto": {"family": "fp32", **Z3, **cpu, **off_opt, **ckpt, "auto": True},
             "packed/z0 arena2 resumed from 3": {"family": "packed", **arena2, "resume": saved("three")},
             "bf16/z3 nvme arena2": {"family": "bf16", **Z3, **off_nvme, **arena2, "save": save("two")},
         },
