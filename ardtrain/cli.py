@@ -11,6 +11,8 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
                                              two random layers of its widths, three steps, each act once, in minutes
        ardtrain validate CONFIG [a.b=c ...]  check config, model shapes and data; loads no weights; with --verify it
                                              reads them once: checksums, missing tensors, numbers not finite
+       ardtrain plan CONFIG [--gpus N] [--nodes M] [--gpu h100] [--json] [a.b=c ...]
+                                             memory, seconds and sizes on N GPUs in all, from config.json alone
        ardtrain fetch CONFIG [a.b=c ...]     base, tokenizer, data sets into caches, rows tokenised, for offline nodes
        ardtrain submit CONFIG --to slurm|pbs|hosts|mpi [--dry-run] [a.b=c ...]
                                              write the job script into the run folder and submit it
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "validate": _validate,
+        "plan": _plan,
         "fetch": _fetch,
         "submit": _submit,
         "doctor": _doctor,
@@ -122,6 +125,17 @@ def _validate(arguments: list[str]) -> int:
 
     print(validate(config, overrides, verify=verify))
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from ardtrain.config.text import with_config
+
+    if not {"-h", "--help", "--constants"} & set(arguments):
+        arguments = with_config(arguments, os.environ)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here touches a device
+    from ardtrain.planning import plan
+
+    return plan(arguments)
 
 
 def _fetch(arguments: list[str]) -> int:

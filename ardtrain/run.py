@@ -34,7 +34,8 @@ from ardtrain.trackers import check_trackers
 LOADING_SECONDS = 4 * 3600.0  # the watchdog's patience before the first step: 70B from a slow disk takes its time
 OUT_OF_MEMORY = (
     "out of memory: lower per_device_train_batch_size (the grain) or max_length, set gradient_checkpointing=true, or "
-    "shard and offload the base (deepspeed=zero3_offload); alora.ablations_per_forward multiplies its memory\n"
+    "shard and offload the base (deepspeed=zero3_offload); alora.ablations_per_forward multiplies its memory. "
+    "`ardtrain plan CONFIG` says, without a GPU, what takes how much and what to change first\n"
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ardtrain.cli import main
 from ardtrain.config import BLOCKS, load_config, with_batch
 from ardtrain.deepspeed_config import split_deepspeed, with_deepspeed
 
@@ -96,3 +97,13 @@ def test_table_of_settings_is_up_to_date():
     page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
     assert all(f"## Block `{name}`" in page for name in BLOCKS if name and "*" not in name)
     assert page == generator.render(), f"run: {Path(sys.executable).name} docs/generate_settings.py"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("llama31_70b_*.yaml")), ids=lambda path: path.stem)
+def test_examples_of_70b_fit_where_they_say(path, capsys):
+    """8 x 80 GB, and two nodes of it, by the launcher block's numbers."""
+    assert main(["plan", str(path), "--json", f"model_name_or_path={EXAMPLES}/shapes/llama-3.1-70b"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["machine"]["gpus"] == (16 if "2x8" in path.stem else 8)
+    assert plan["placement"]["base"] == ("cpu" if "offload" in path.stem else "device")
+    assert plan["fits"] == {"device": True, "host": True} and plan["largest_rows"] >= 1
