@@ -207,7 +207,7 @@ def test_ablation_with_pictures_equals_the_naive_loop(data, prefix_cache):
     assert vision and float(cs[: len(vision)].abs().max()) > 0.0
 
 
-def trained(data, *, steps, resume=None, stage=0, dtype=torch.float32, checkpointing=False, **zero):
+def trained(data, *, steps, resume=None, stage=0, dtype=torch.float32, checkpointing=False, quantization=None, **zero):
     """Losses by step, the last table and a digest of weights and moments, of a run or what follows a snapshot."""
     model = tiny_paligemma(dtype=dtype)
     if checkpointing:
@@ -215,7 +215,7 @@ def trained(data, *, steps, resume=None, stage=0, dtype=torch.float32, checkpoin
     trainer = tiny_trainer(
         elalora(init_warmup=1, mask_interval=2, final_warmup=2, total_steps=12, b=8, k=3),
         model=model, data=data, total_steps=12, start=resume is None, compute_dtype=dtype, dropout=0.1,
-        backbone=backbone_config(stage=stage, dtype=dtype, **zero),
+        quantization=quantization, backbone=backbone_config(stage=stage, dtype=dtype, **zero),
     )  # fmt: skip
     if resume is not None:
         snapshot, layout, state = resume
@@ -244,6 +244,15 @@ def test_equal_bits_sharded_offloaded_checkpointed_and_resumed(data, world, dtyp
     assert first | second == losses
     assert resumed == weights
     assert len({*losses.values()}) == 12
+
+
+def test_equal_bits_on_a_quantised_base(data, world):
+    """Of all three towers; the first resize is among the steps."""
+    train, _ = data
+    losses, weights, _ = trained(train, steps=4, quantization="nf4")
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}, "checkpointing": True}
+    again = trained(train, steps=4, quantization="nf4", **zero)
+    assert again[:2] == (losses, weights)
 
 
 def test_rehearsal_has_two_layers_of_each_tower_and_the_image_processor(config_of, tmp_path):
