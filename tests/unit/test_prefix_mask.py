@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import PaliGemmaProcessor
 
 from ardtrain.collectives import World
@@ -205,6 +206,19 @@ def test_rows_are_those_of_paligemmas_processor(tmp_path, batch):
     assert ids[-1] == 1
     assert ids.count(IMAGE_ID) == NUM_IMAGE_TOKENS
     assert ours.num_target_tokens == len(row["completion"]) + 1
+
+
+def test_one_bos_also_from_a_tokenizer_that_adds_its_own(tmp_path):
+    """transformers#30993: Gemma's tokenizer puts a bos in front of every text that it is given."""
+    path = write_rows(tmp_path, count=6)
+    data, tokenizer, reader = settings(path)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    assert tokenizer("ab")["input_ids"][0] == 2
+    common = {"global_batch_size": 6, "grain_size": 6, "max_steps": 1, "images": reader}
+    adds, plain = (TrainData(data, t, tmp_path / "cache", **common) for t in (tokenizer, letter_tokenizer()))
+    ids = [made.collate(made.grains(0)[0]).input_ids for made in (adds, plain)]
+    assert torch.equal(*ids)
+    assert ((ids[0] == 2).sum(dim=1) == 1).all()
 
 
 def test_loss_is_transformers_own(tmp_path, batch):
