@@ -176,7 +176,7 @@ class DoraLinear(AdapterLinear):
         if self._norm is None:
             self._norm = self.column_norm()
         whole = self._fused(x_BTI, self.weight, None)
-        out: Tensor = Scaled.apply(whole, self.views["magnitude"].view(-1) / self._norm, self.bias)
+        out: Tensor = Scaled.apply(whole, self.views["magnitude"].view(-1), self._norm, self.bias)
         return out
 
     @torch.no_grad()
@@ -187,10 +187,10 @@ class DoraLinear(AdapterLinear):
             self._squares = self._squares.to(self.weight.device)
         a, b = self.views["lora_A"].detach().float(), self.views["lora_B"].detach().float()  # [R, I], [R, O]
         weight = frozen_weight(self)
-        crossed = (weight @ a.to(weight.dtype).t()).float()  # [O, R]
+        crossed = torch.mm(a.to(weight.dtype), weight.t()).float()  # [R, O]
         s = self.scaling
-        inner = (2.0 * s * crossed + (s * s) * (b.t() @ (a @ a.t()))) * b.t()
-        return (self._squares + inner.sum(dim=1)).clamp_min(1e-20).sqrt()
+        inner = torch.addmm(crossed, a @ a.t(), b, beta=2.0 * s, alpha=s * s).mul_(b)
+        return (self._squares + inner.sum(dim=0)).clamp_min(1e-20).sqrt()
 
 
 class HeadLinear(AdapterLinear):

@@ -189,28 +189,36 @@ class AdapterProduct(torch.autograd.Function):
 
 
 class Scaled(torch.autograd.Function):
-    """`factor * whole + bias` for factor [O] float32: one pass over the output; products in float32."""
+    """`magnitude / norm * whole + bias` for magnitude and norm [O] float32: one pass over the output, in float32.
+
+    The norm has no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(whole, factor)
+    def forward(  # type: ignore[override]
+        ctx: Any, whole: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(whole, magnitude, norm)
         with part("adapter"):
+            factor = magnitude / norm
             if bias is not None and bias.dtype == factor.dtype:
                 return torch.addcmul(bias, whole, factor)
             out = torch.mul(whole, factor, out=torch.empty_like(whole))
             return out if bias is None else out.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        whole, factor = ctx.saved_tensors
-        of_whole = of_factor = None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        whole, magnitude, norm = ctx.saved_tensors
+        of_whole = of_magnitude = None
         with part("adapter"):
+            products = torch.mul(grad.to(norm.dtype), whole)
             if ctx.needs_input_grad[1]:
-                products = grad.to(factor.dtype).flatten(0, -2) * whole.flatten(0, -2)
-                of_factor = products.sum(dim=0)
+                of_magnitude = products.flatten(0, -2).sum(dim=0).div_(norm)
             if ctx.needs_input_grad[0]:
-                of_whole = torch.mul(grad, factor, out=torch.empty_like(whole))
-        return of_whole, of_factor, None
+                # Memory that is new costs more than the product: the sum's is used again where it fits.
+                room = products if products.dtype == grad.dtype else torch.empty_like(whole)
+                of_whole = torch.mul(grad, magnitude / norm, out=room)
+        return of_whole, of_magnitude, None, None
 
 
 Adapter = TypeVar("Adapter", bound=nn.Module)
