@@ -44,8 +44,9 @@ class Quantized:
         if units:
             start = units.start * packing.unit_weights
             count = min(units.stop * packing.unit_weights, packing.num_weights) - start
+            values = self.weight.read(start, count)
             try:
-                own = packing.pack(self.weight.read(start, count)).view(-1)[first - units.start * packing.unit_bytes :]
+                own = packing.pack(values).view(-1)[first - units.start * packing.unit_bytes :]
             except ValueError as error:
                 raise ValueError(f"quantization={packing.format}: {self.name} {error}") from error
             kept = min(len(out), len(own))
