@@ -1,5 +1,7 @@
 """PaliGemma-2 from config to adapter: equal bits on one and two processes, ZeRO-0 and ZeRO-3 with offload, resumed."""
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -76,16 +78,19 @@ def test_run_moves_ranks_and_its_adapter_is_read_back(alone):
 
 
 def test_resumed_on_two_processes_under_zero3_with_offload(start, alone):
-    run, _ = start(
-        "resumed", 2, f"resume_from_checkpoint={alone[0] / f'checkpoint-{CUT}'}", "deepspeed=zero3_offload",
+    """In a copy of the run's folder as it was after the checkpoint; what lies beyond it is done again."""
+    run = alone[0].with_name("resumed")
+    shutil.copytree(alone[0], run)
+    for later in ("checkpoint-14", "checkpoint-16", "adapter"):
+        shutil.rmtree(run / later)
+    start(
+        "resumed",
+        2,
+        f"resume_from_checkpoint={run / f'checkpoint-{CUT}'}",
+        "deepspeed=zero3_offload",
         "gradient_checkpointing=true",
-    )  # fmt: skip
-    mine, theirs = fingerprint(run), fingerprint(alone[0])
-    for name in ("losses", "held_out"):
-        assert mine[name] == {step: value for step, value in theirs[name].items() if step > CUT}
-    assert mine["weights"] == theirs["weights"]
-    assert mine["adapter"] == theirs["adapter"]
-    assert mine["tables"][-1] == theirs["tables"][-1]
+    )
+    assert fingerprint(run) == fingerprint(alone[0])
 
 
 @pytest.mark.full
