@@ -166,6 +166,15 @@ class RankTable:
         numbers = (self.rank_array, self.birth_array, np.array(self.next_birth, np.int64))
         return _sha256_of_numbers(self.known_sites.digest, numbers)
 
+    @property
+    def first_digest(self) -> str:
+        """The digest by another formula, of checkpoints of format versions 1 and 2; slow for large tables."""
+        content = [
+            [s.name, s.in_features, s.out_features, s.scaling.hex(), list(b), n]
+            for s, b, n in zip(self.sites, self.births, self.next_birth, strict=True)
+        ]
+        return _sha256(content).hex()
+
     def by_name(self) -> dict[str, int]:
         """Site name -> rank."""
         return {s.name: r for s, r in zip(self.sites, self.ranks, strict=True)}

@@ -342,9 +342,9 @@ def random_plan(table, generator):
     return RankPlan(table.digest, changes)
 
 
-def weights_digest(snapshot):
+def weights_digest(snapshot, table_digest=None):
     """sha256 over table, master, moments and per-entry arrays of a snapshot; -0.0 counts as 0.0."""
-    digest = hashlib.sha256(snapshot.table.digest.encode())
+    digest = hashlib.sha256((table_digest or snapshot.table.digest).encode())
     for tensor in (snapshot.full.master, snapshot.full.exp_avg, snapshot.full.exp_avg_sq, *snapshot.entries.values()):
         digest.update((tensor + 0.0).numpy().tobytes())
     return digest.hexdigest()

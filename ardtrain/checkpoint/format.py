@@ -28,7 +28,7 @@ from ardtrain.methods.base import StateKind
 from ardtrain.ranks import Dense, RankTable, Site
 from ardtrain.resize import Snapshot, state_length
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: the rank table's digest by another formula; 2: parts, whose run it is
 FULL = ("master", "exp_avg", "exp_avg_sq")
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
@@ -328,7 +328,7 @@ def load(
     changes = compare(manifest, identity, path)
     tensors = state_files(manifest)
     check_files(path, manifest, besides=tensors)
-    loop, steps, table = _read_trainer(path / TRAINER, sites, manifest["table_digest"])
+    loop, steps, table = _read_trainer(path / TRAINER, sites, manifest)
     layout = ArenaLayout(table, parts, dense)
     snapshot = blank(table, layout, kinds=kinds, steps=steps)
     slots = _Slots(snapshot, layout)
@@ -358,7 +358,9 @@ def _read_part(file: Path, slots: _Slots, entry: Mapping[str, Any]) -> None:
         raise CheckpointError(text if str(file) in text else f"{file}: {text}") from problem
 
 
-def _read_trainer(file: Path, sites: tuple[Site, ...], table_digest: str) -> tuple[dict[str, Any], int, RankTable]:
+def _read_trainer(
+    file: Path, sites: tuple[Site, ...], manifest: Mapping[str, Any]
+) -> tuple[dict[str, Any], int, RankTable]:
     """The loop's values, Adam's counter and the rank table."""
     trainer = strictjson.read(file)
     if not isinstance(trainer, dict) or not isinstance(trainer.get("loop"), dict):
@@ -373,7 +375,8 @@ def _read_trainer(file: Path, sites: tuple[Site, ...], table_digest: str) -> tup
         table = RankTable.from_json(trainer["table"], sites)
     except ValueError as error:
         raise OtherRunError(f"{file.parent.parent}: {error}") from error
-    if table.digest != table_digest:
+    digest = table.digest if manifest["format_version"] >= 3 else table.first_digest
+    if digest != manifest["table_digest"]:
         raise OtherRunError(
             f"{file.parent.parent}: its rank table belongs to sites of other shapes or scale (r, lora_alpha); resume "
             "with the settings it was written with"

@@ -250,7 +250,7 @@ def without(name):
 
 
 MANIFESTS = {
-    **{f"version {v!r}": manifest_with(format_version=v) for v in (3, 10**30, 0, -1, 1.5, "2", None, True, [2])},
+    **{f"version {v!r}": manifest_with(format_version=v) for v in (4, 10**30, 0, -1, 1.5, "2", None, True, [2])},
     **{f"step {v!r}": manifest_with(step=v) for v in (-1, 21, 1.0, "20", None, True, 10**400)},
     **{f"{n} is no text": manifest_with(**{n: 7}) for n in ("backbone", "data", "method", "table_digest")},
     **{f"{n} is a list": manifest_with(**{n: []}) for n in ("files", "settings", "changeable", "versions", "weights")},

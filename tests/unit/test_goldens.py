@@ -38,11 +38,13 @@ def test_golden_checkpoint_loads_and_trains_on(folder):
         kinds=method.state_tensors(),
         identity=IDENTITY,
     )
-    assert weights_digest(loaded.snapshot) == expected["weights_digest"]
+    table = loaded.snapshot.table
+    digest = table.digest if loaded.manifest["format_version"] >= 3 else table.first_digest
+    assert weights_digest(loaded.snapshot, digest) == expected["weights_digest"]
     assert loaded.snapshot.table.by_name() == expected["ranks"]
     trainer.arena.build(loaded.snapshot, loaded.layout)
     trainer.state = LoopState(**loaded.loop)
-    assert weights_digest(trainer.arena.capture()) == expected["weights_digest"]
+    assert weights_digest(trainer.arena.capture(), digest) == expected["weights_digest"]
     assert loaded.changes == []
     assert trainer.state.events == expected["events"] >= 3
     assert not trainer.train_step().void
@@ -63,8 +65,10 @@ def test_golden_of_version_2_knows_whose_it_is():
     ]
 
 
-def test_the_same_run_gives_the_same_state_in_every_version():
-    """12 steps and 3 resizes, to the bit: what stood in one file stands in two parts."""
+def test_the_same_run_gives_the_same_state_in_versions_1_and_2():
+    """12 steps and 3 resizes, to the bit: what stood in one file stands in two parts. Version 3 came after adapters'
+    products had moved inside the GEMMs, which changed last bits.
+    """
     one = load_file(golden(1) / "state" / "arena.safetensors")
     parts = [load_file(path) for path in sorted((golden(2) / "state").glob("*.safetensors"))]
     assert len(parts) == 2

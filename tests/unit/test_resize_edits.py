@@ -108,7 +108,7 @@ def test_folds_and_zeros_by_the_naive_loop(seed):
             for p in numbers.permutation(rank)[: numbers.integers(0, rank + 1)]
         )
         zeros = tuple(numbers.permutation(rank)[: numbers.integers(0, rank + 1)].tolist())
-        changes[index] = replace(change, fold=folds, zero=zeros)
+        changes[index] = change._replace(fold=folds, zero=zeros)
     method = ElaLora(ELALORA)
     after, new = turned(before, layout, changes, method)
     plain, _ = turned(before, layout, dict(plan.changes), method)
