@@ -210,7 +210,8 @@ class AdapterRun(Session):
 
     def announce(self) -> None:
         super().announce()
-        if self.resumed is None:
+        records = self.run_dir / "ranks.jsonl"  # empty where a checkpoint of another folder is gone on with
+        if self.resumed is None or not (records.is_file() and records.stat().st_size):
             self.records.start(self.arena.table)
 
     def save(self, reason: str) -> None:

@@ -29,9 +29,14 @@ class Records:
         self._run_dir, self._log, self._trainer, self._config = run_dir, log, trainer, config
 
     def start(self, table: RankTable) -> None:
-        """Line 0 of ranks.jsonl: the full table of a new run."""
-        line = {"event": 0, "total_rank": table.total, "table": table.by_name(), "digest": table.digest}
-        self._log.ranks(0, line | _towers(table))
+        """Line 0 of ranks.jsonl: the full table of a new run, or of one that goes on in an empty folder."""
+        line = {
+            "event": self._trainer.state.events,
+            "total_rank": table.total,
+            "table": table.by_name(),
+            "digest": table.digest,
+        }
+        self._log.ranks(self._trainer.state.step, line | _towers(table))
 
     def step(self, result: StepResult) -> None:
         """Records one step; its numbers are on the host already."""

@@ -111,7 +111,7 @@ class Session(ABC):
         """Says on disk that the run has started, and where."""
         if self.world.is_main:
             write_status(self.run_dir, "started", step, **self._place())
-            if is_new:
+            if is_new or not (self.run_dir / "config.yaml").is_file():  # goes on from a checkpoint of another folder
                 replace_file(self.run_dir / "config.yaml", dump_config(self.config))
 
     def load_base(self) -> PreTrainedModel:

@@ -57,6 +57,8 @@ def done(folder):
         add(f"{method}-cut", cut, 2, AUTO, stop_after=9)
         add(f"{method}-cut", cut, 3, AUTO, stop_after=4)
         add(f"{method}-cut", cut, 1, AUTO)
+    elsewhere = config_of(folder, "elalora", "elsewhere")
+    add("elsewhere", elsewhere, 1, [f"resume_from_checkpoint={folder / 'elalora-cut' / 'checkpoint-9'}"])
     fast = ["stop_poll_seconds=1e-6"]  # asks after every round
     for name, method, stop in (
         ("grain", "elalora", ("grain", 20)),
@@ -121,6 +123,17 @@ def test_every_pair_of_world_sizes_equals_the_unbroken_run(folder, done):
 def test_every_method_cut_twice_on_other_world_sizes(folder, done, method):
     ended_well(done, f"{method}-cut")
     assert fingerprint(folder / f"{method}-cut") == fingerprint(folder / f"{method}-alone")
+
+
+def test_a_checkpoint_is_gone_on_with_in_an_empty_folder(folder, done):
+    """Its records begin with the checkpoint's table, so that pictures and tools know what moved."""
+    ended_well(done, "elsewhere")
+    whole, rest = fingerprint(folder / "elalora-alone"), fingerprint(folder / "elsewhere")
+    assert rest["losses"] == {step: loss for step, loss in whole["losses"].items() if step > 9}
+    assert (rest["weights"], rest["adapter"]) == (whole["weights"], whole["adapter"])
+    first, *events = lines(folder / "elsewhere" / "ranks.jsonl")
+    assert first["step"] == 9 and sum(first["table"].values()) == first["total_rank"] and events
+    assert all((folder / "elsewhere" / name).is_file() for name in ("ranks.png", "config.yaml"))
 
 
 @pytest.mark.parametrize("where", ["grain", "evaluation", "ablation"])
