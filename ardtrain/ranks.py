@@ -66,7 +66,7 @@ class Sites(tuple[Site, ...]):
     def modules(self) -> tuple[tuple[str, int, int], ...]:
         """(module, its first site, its last + 1) of each matrix; the sites of one follow each other, alike in shape."""
         starts = [i for i, s in enumerate(self) if not i or s.module != self[i - 1].module]
-        stops = [*starts[1:], len(self)]
+        stops = [*starts[1:], len(self)][: len(starts)]  # full fine-tuning has no sites
         for a, b in zip(starts, stops, strict=True):
             shapes = {(s.in_features, s.out_features) for s in self[a:b]}
             assert len(shapes) == 1, f"{self[a].module}: sites of one matrix differ in shape"

@@ -397,3 +397,10 @@ def test_shards_are_of_about_equal_size():
     layout = ArenaLayout(RankTable.start(sites_of(*[(64, 64), (64, 200)] * 6), [8] * 12), DIAGONAL.entries)
     sizes = [Shard(layout, i, 4).size for i in range(4)]
     assert max(sizes) - min(sizes) <= 2 * (64 + 200 + 1) + 20 * ALIGNMENT
+
+
+def test_a_table_without_sites_has_an_empty_layout():
+    """Full fine-tuning's."""
+    table = RankTable.start((), ())
+    assert table.known_sites.modules == ()
+    assert ArenaLayout(table, lambda site: {}).num_trained == 0
