@@ -1,9 +1,10 @@
 """One training step of each method beside plain LoRA's and, where PEFT has the method, beside PEFT's.
 
-python -m benchmarks.methods [--shape 256x8] [--blocks 7] [--out FILE]
+python -m benchmarks.methods [--shape 256x8] [--bf16] [--length 128] [--blocks 7] [--out FILE]
 
 One process, the base whole (no ZeRO-3), float32, rank 8 on all linear layers (ARD-LoRA by head: the rank that gives as
-many numbers), 2 x 128 tokens. Adaptive methods stand where they have nothing to decide: ALoRA between two rounds,
+many numbers), 2 x 128 tokens. With --bf16 base and products are in bfloat16, PEFT's adapters too (ours have float32
+masters). Adaptive methods stand where they have nothing to decide: ALoRA between two rounds,
 ElaLoRA and AdaLoRA in their averaging phase and in the final one, ARD-LoRA after its freeze. All variants take turns in
 blocks of steps within one start, so that the machine's moods fall on all alike.
 """
@@ -50,11 +51,24 @@ OURS = {
 }
 
 
+def dtype_of(arguments):
+    """Of base and products."""
+    return torch.bfloat16 if arguments.bf16 else torch.float32
+
+
+def batches(arguments):
+    """The data: one grain a step."""
+    return TokenBatches(num_grains=1, rows=2, length=arguments.length, vocab=SHAPES[arguments.shape][5])
+
+
 def ours(arguments, world, make, form, r):
     """A trainer of one method over its own copy of the model."""
-    data = TokenBatches(num_grains=1, rows=2, length=128, vocab=SHAPES[arguments.shape][5])
-    model = random_llama(arguments.shape, dtype=torch.float32)
-    return tiny_trainer(make(), world=world, model=model, data=data, r=r, total_steps=LONG, warmup_steps=0, **form)
+    dtype = dtype_of(arguments)
+    model = random_llama(arguments.shape, dtype=dtype, device=world.device)
+    return tiny_trainer(
+        make(), world=world, model=model, data=batches(arguments), r=r, total_steps=LONG, warmup_steps=0,
+        compute_dtype=dtype, **form,
+    )  # fmt: skip
 
 
 def head_rank(arguments, world, wanted):
@@ -67,7 +81,7 @@ def head_rank(arguments, world, wanted):
     return min(numbers, key=numbers.get)
 
 
-def peft_step(arguments, **settings):
+def peft_step(arguments, device, **settings):
     """A function that does one step of PEFT's method with AdamW and clipping."""
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
@@ -76,10 +90,11 @@ def peft_step(arguments, **settings):
         config = AdaLoraConfig(init_r=8, target_r=4, total_step=LONG, tinit=LONG // 2, tfinal=10, **common)
     else:
         config = LoraConfig(r=8, **common, **settings)
-    model = get_peft_model(random_llama(arguments.shape, dtype=torch.float32), config)
+    base = random_llama(arguments.shape, dtype=dtype_of(arguments), device=device)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    data = TokenBatches(num_grains=1, rows=2, length=128, vocab=SHAPES[arguments.shape][5])
+    data = batches(arguments)
     model.train()
     step = 0
 
@@ -87,10 +102,10 @@ def peft_step(arguments, **settings):
         nonlocal step
         batch = data.collate((step, 0))
         logits = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), position_ids=batch.position_ids,
-            use_cache=False,
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device).long(),
+            position_ids=batch.position_ids.to(device), use_cache=False,
         ).logits  # fmt: skip
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten().to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -106,6 +121,8 @@ def main():
     """Measures and prints."""
     options = parser(__doc__)
     options.add_argument("--shape", choices=sorted(SHAPES), default="256x8")
+    options.add_argument("--bf16", action="store_true")
+    options.add_argument("--length", type=int, default=128, help="tokens of the longest rows")
     options.add_argument("--blocks", type=int, default=7)
     options.add_argument("--steps", type=int, default=3, help="steps a block")
     options.add_argument("--cpu-seconds", action="store_true", help="of this process: for a machine that others share")
@@ -116,9 +133,9 @@ def main():
         r = head_rank(arguments, world, numbers["lora"]) if name == "ard_frozen" else 8
         trainer = ours(arguments, world, make, form, r)
         steps[name], numbers[name] = trainer.train_step, trainer.arena.layout.num_trained
-    steps["peft_lora"] = peft_step(arguments)
-    steps["peft_dora"] = peft_step(arguments, use_dora=True)
-    steps["peft_adalora"] = peft_step(arguments, adalora=True)
+    steps["peft_lora"] = peft_step(arguments, world.device)
+    steps["peft_dora"] = peft_step(arguments, world.device, use_dora=True)
+    steps["peft_adalora"] = peft_step(arguments, world.device, adalora=True)
     seconds = {name: [] for name in steps}
     order = list(steps)
     for block in range(arguments.blocks + 1):

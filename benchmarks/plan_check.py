@@ -101,10 +101,11 @@ def config_of(case, folder, world_size):
     return with_batch(with_deepspeed(RunConfig.model_validate(values)), world_size)
 
 
-def build(config, shapes, plan, world):
-    """The trainer as adapter_run builds it, over random weights."""
+def build(config, shapes, plan, world, model=None):
+    """The trainer as adapter_run builds it, over a random model, or over this one."""
     dtype = DTYPES[plan.compute_dtype]
-    model = AutoModelForCausalLM.from_config(shapes.model.config, dtype=dtype, attn_implementation="sdpa")
+    if model is None:
+        model = AutoModelForCausalLM.from_config(shapes.model.config, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)
     if config.quantization is not None:
         quantize_base(model, config.quantization)

@@ -4,8 +4,9 @@ python -m benchmarks.resize [--shape 60m | --model DIR] [--bf16] [--stage 3] [--
 python -m benchmarks.resize --adapters-only --shape 70b --r 17.5 [--moved 64] [--events 10] [--out FILE]
 
 The second form has no backbone and no step: the sites come from the model's shapes, their numbers are random. A rank
-of 17.5 is 17 and 18 in turns, layer by layer. Its seconds are those of the processor (one thread, the kernel's work
-included): on a busy machine they say what a quiet one would take.
+of 17.5 is 17 and 18 in turns, layer by layer. On a CPU its seconds are those of the processor (one thread, the kernel's
+work included): on a busy machine they say what a quiet one would take. On a GPU they are a wall clock's, read when the
+device has done all its work.
 `bytes_seconds`: the least time the same data needs, measured: master, both moments and ElaLoRA's two averages copied
 once to the host and once back (on a CPU: two copies). `beside_bytes_seconds` is the resize less that.
 """
@@ -84,21 +85,23 @@ def adapters_only(arguments, world):
         arena.engine.moment(name).uniform_(0.0, 1e-3, generator=generator)
     for values in arena.state.values():
         values.uniform_(0.0, 1e-3, generator=generator)
+    clock = clock_of(world.device)
     resizes, scores, decisions, wall = [], [], [], []
     for step in range(2, arguments.events + 3):
-        times = [time.process_time()]
+        times = [clock()]
         own = arena.scores(step)
-        times.append(time.process_time())
+        times.append(clock())
         plan = arena.method.plan(step, own)
-        times.append(time.process_time())
+        times.append(clock())
         start = time.perf_counter()
-        with mock.patch("ardtrain.resize.time", SimpleNamespace(perf_counter=time.process_time)):
+        with mock.patch("ardtrain.resize.time", SimpleNamespace(perf_counter=clock)):
             resizes.append(arena.apply(plan, step=step).seconds)
         wall.append(time.perf_counter() - start)
         scores.append(times[1] - times[0])
         decisions.append(times[2] - times[1])
     return arena, resizes[1:], {
-        "clock": "processor", "moved": arguments.moved, "scores_seconds": summary(scores[1:]),
+        "clock": "processor" if world.device.type == "cpu" else "wall", "moved": arguments.moved,
+        "scores_seconds": summary(scores[1:]),
         "plan_seconds": summary(decisions[1:]), "wall_seconds": summary(wall[1:]),
     }  # fmt: skip
 
@@ -143,11 +146,24 @@ def bytes_seconds(numbers, device, clock=timed):
     return min(clock(there_and_back, device) for _ in range(5))
 
 
-def processor_timed(function, device):
-    """Processor seconds of one call on the host."""
-    start = time.process_time()
+def clock_of(device):
+    """Processor seconds on a CPU; on a GPU seconds of the wall, its work done."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def synchronised():
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronised
+
+
+def clock_timed(function, device):
+    """Seconds of one call by that clock."""
+    clock = clock_of(device)
+    start = clock()
     function()
-    return time.process_time() - start
+    return clock() - start
 
 
 def main():
@@ -172,7 +188,7 @@ def main():
     total = summary([sum(r.values()) for r in resizes])
     size, table, trained = arena.layout.size, arena.table, arena.layout.num_trained
     arena.engine.destroy()
-    floor = bytes_seconds(size, world.device, processor_timed if arguments.adapters_only else timed)
+    floor = bytes_seconds(size, world.device, clock_timed if arguments.adapters_only else timed)
     result = {
         "benchmark": "resize", "machine": machine(), "arguments": described(arguments), "processes": world.world_size,
         "trained_numbers": trained, "sites": len(table.sites), "components": table.total,

@@ -34,6 +34,7 @@ def test_shapes_of_public_models_build(name):
 def test_page_has_the_calibration_and_70b_as_the_code_gives_them():
     page, committed = generator(), (REPOSITORY / "docs" / "70b.md").read_text()
     assert "\n".join(page.calibration()) in committed
+    assert "\n".join(page.measured()) in committed
     page.MODELS = {"llama-3.1-70b": page.MODELS["llama-3.1-70b"]}
     for line in page.table():
         assert line in committed, "run: python docs/generate_70b.py"
