@@ -201,7 +201,7 @@ def held_out_loss(
     total = ExactSum(0, len(grains), exponent=0, device=world.device)
     nothing = torch.zeros(0, device=world.device)
     predicted: dict[int, Tensor] = {}  # grain -> [B, 2] class and predicted class
-    num_classes = 0
+    num_classes, pictures = 0, False
     answers = torch.zeros(2, dtype=torch.int64, device=world.device)  # rows answered as they should be, rows
     was_training = module.training
     module.eval()
