@@ -84,17 +84,15 @@ def check_source(path: str) -> None:
         return
     if not os.path.exists(path):
         if glob.has_magic(path):
-            raise ValueError(
-                f"data.train_files entry {path!r} is a pattern; list the files, their order is part of the run"
-            )
-        raise ValueError(f"data.train_files entry {path!r} does not exist; correct the path")
+            raise ValueError(f"data file {path!r} is a pattern; list the files, their order is part of the run")
+        raise ValueError(f"data file {path!r} does not exist; correct data.train_file (or eval_file, allocation_file)")
     if os.path.isdir(path):
         raise ValueError(
-            f"data.train_files entry {path!r} is a folder; list its files, their order is part of the run (or, for a "
+            f"data file {path!r} is a folder; list its files, their order is part of the run (or, for a "
             f"data set's folder, write hub:{path})"
         )
     if not path.endswith(SUFFIXES):
-        raise ValueError(f"data.train_files entry {path!r} is none of {', '.join(SUFFIXES)}; convert it to JSONL")
+        raise ValueError(f"data file {path!r} is none of {', '.join(SUFFIXES)}; convert it to JSONL")
 
 
 def identity(path: str) -> list[Any]:

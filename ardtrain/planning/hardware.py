@@ -152,11 +152,14 @@ def machine_of(gpu: str, *, gpus: int | None, nodes: int | None, host_gib: float
     card = find_gpu(gpu)
     if host_gib is not None:
         card = replace(card, node_host_bytes=int(host_gib * GIB))
+    for name, count in (("gpus", gpus), ("nodes", nodes)):
+        if count is not None and count < 1:
+            raise ConfigError([f"--{name} {count} must be 1 or more; correct it"])
     if nodes is None:
         nodes = 1 if gpus is None or card.name == "cpu" else -(-gpus // card.per_node)
     if gpus is None:
         gpus = nodes * card.per_node
-    if gpus < 1 or nodes < 1 or gpus % nodes:
+    if gpus % nodes:
         raise ConfigError(
             [f"--gpus {gpus} is the number of all GPUs and does not divide over --nodes {nodes}; correct one of them"]
         )

@@ -287,6 +287,8 @@ def test_unknown_gpu_names_the_nearest():
         find_gpu("h1000")
     with pytest.raises(ConfigError, match="--gpus 9 is the number of all GPUs and does not divide over --nodes 2"):
         machine_of("h100", gpus=9, nodes=2)
+    with pytest.raises(ConfigError, match="--gpus 0 must be 1 or more; correct it"):
+        machine_of("h100", gpus=0, nodes=None)
 
 
 def test_gpus_are_counted_over_all_nodes():
