@@ -20,6 +20,8 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
        ardtrain status RUN_DIR ... [--json]  what a run is doing, from its files; of several a line each
        ardtrain stop RUN_DIR [--wait [S]]    save and stop at the end of the step; --wait until it has (at most S s)
        ardtrain ranks RUN_DIR [OUT.png]      draw the ranks of a run
+       ardtrain export RUN|CHECKPOINT --to peft [--out DIR] [--uniform-rank] [--push-to-hub REPO]
+                                             the adapter as a PEFT folder, read back with PEFT and compared
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "status": _status,
         "stop": _stop,
         "ranks": _ranks,
+        "export": _export,
         "compare": _compare,
     }
     verb = rest.pop(0) if rest and rest[0] in verbs else "train"
@@ -169,6 +172,13 @@ def _stop(arguments: list[str]) -> int:
     from ardtrain.watch import stop
 
     return stop(_one(arguments, "stop", "run folder"))
+
+
+def _export(arguments: list[str]) -> int:
+    _name_the_accelerator()
+    from ardtrain.exporting import export_command
+
+    return export_command(arguments)
 
 
 def _compare(arguments: list[str]) -> int:
