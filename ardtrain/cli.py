@@ -19,9 +19,9 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
        ardtrain doctor [--hosts H] [CONFIG]  check this machine, or several hosts together
        ardtrain status RUN_DIR ... [--json]  what a run is doing, from its files; of several a line each
        ardtrain stop RUN_DIR [--wait [S]]    save and stop at the end of the step; --wait until it has (at most S s)
+       ardtrain report RUN_DIR ... [--out FILE.html] [--watch [S]] [--figures FOLDER]
+                                             one HTML file with all that a run shows; of several side by side
        ardtrain ranks RUN_DIR [OUT.png]      draw the ranks of a run
-       ardtrain export RUN|CHECKPOINT --to peft [--out DIR] [--uniform-rank] [--push-to-hub REPO]
-                                             the adapter as a PEFT folder, read back with PEFT and compared
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "status": _status,
         "stop": _stop,
         "ranks": _ranks,
-        "export": _export,
+        "report": _report,
         "compare": _compare,
     }
     verb = rest.pop(0) if rest and rest[0] in verbs else "train"
@@ -174,13 +174,6 @@ def _stop(arguments: list[str]) -> int:
     return stop(_one(arguments, "stop", "run folder"))
 
 
-def _export(arguments: list[str]) -> int:
-    _name_the_accelerator()
-    from ardtrain.exporting import export_command
-
-    return export_command(arguments)
-
-
 def _compare(arguments: list[str]) -> int:
     suite, *overrides = _one(arguments, "compare", "suite.yaml")
     _name_the_accelerator()
@@ -189,10 +182,16 @@ def _compare(arguments: list[str]) -> int:
     return compare(suite, overrides)
 
 
+def _report(arguments: list[str]) -> int:
+    from ardtrain.report.command import report
+
+    return report(arguments)
+
+
 def _ranks(arguments: list[str]) -> int:
     from pathlib import Path
 
-    from ardtrain.report import draw_ranks
+    from ardtrain.report.pictures import draw_ranks
 
     run_dir, *rest = _one(arguments, "ranks", "run folder")
     out = Path(rest[0]) if rest else Path(run_dir) / "ranks.png"

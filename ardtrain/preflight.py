@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ardtrain.adapters import Form, dense_entries, linear_modules
+from ardtrain.adapters import dense_entries, linear_modules
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import (
     IMAGE_MODELS,
@@ -398,13 +398,6 @@ def make_method(config: RunConfig, shape: Shape, *, total_steps: int, steps_per_
         if ard.layout == "shared_a":
             shared = {m: (h.count, "lora_B" if h.side == "out" else "lora_A") for m, h in shape.heads.items()}
     return build(config.method, settings, total_steps=total_steps, table=shape.table, shared_heads=shared)
-
-
-def adapter_form(config: RunConfig) -> Form:
-    """The form of the method's adapters."""
-    if config.method == "dora":
-        return "dora"
-    return (config.ard_lora or ArdLoraBlock()).layout if config.method == "ard_lora" else "plain"
 
 
 def schedule_text(config: RunConfig, train: TrainData) -> str:

@@ -15,6 +15,7 @@ from ardtrain.config import RunConfig
 from ardtrain.evaluation import HeldOut
 from ardtrain.observe import RunLog
 from ardtrain.ranks import RankTable
+from ardtrain.run_info import peaks
 from ardtrain.trainer import Event, StepResult, Trainer
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ class Records:
         last = done == self._trainer.settings.total_steps
         if done % self._config.logging_steps == 0 or result.void or last:
             shares = {f"{name}_fraction": clock.fraction(name) for name in ("allocator", "resize")}
-            self._log.metrics(done, _numbers(result) | clock.report() | shares)
+            host, device = peaks(self._trainer.world.device)  # of process 0
+            memory = {"host_memory_peak_bytes": host} | ({"device_memory_peak_bytes": device} if device else {})
+            self._log.metrics(done, _numbers(result) | clock.report() | shares | memory)
 
     def evaluation(self, step: int, held_out: HeldOut) -> None:
         """Records a held-out loss and says it."""
