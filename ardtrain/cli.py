@@ -21,7 +21,8 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
        ardtrain stop RUN_DIR [--wait [S]]    save and stop at the end of the step; --wait until it has (at most S s)
        ardtrain report RUN_DIR ... [--out FILE.html] [--watch [S]] [--figures FOLDER]
                                              one HTML file with all that a run shows; of several side by side
-       ardtrain ranks RUN_DIR [OUT.png]      draw the ranks of a run
+       ardtrain ranks RUN_DIR [OUT.png] [--heads KIND]
+                                             the ranks by layer and matrix as text, or as a picture
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
@@ -189,12 +190,6 @@ def _report(arguments: list[str]) -> int:
 
 
 def _ranks(arguments: list[str]) -> int:
-    from pathlib import Path
+    from ardtrain.report.terminal import ranks
 
-    from ardtrain.report.pictures import draw_ranks
-
-    run_dir, *rest = _one(arguments, "ranks", "run folder")
-    out = Path(rest[0]) if rest else Path(run_dir) / "ranks.png"
-    draw_ranks(Path(run_dir) / "ranks.jsonl", out)
-    print(out)
-    return 0
+    return ranks(_one(arguments, "ranks", "run folder"))

@@ -44,8 +44,8 @@ class Records:
         done, clock = result.step + 1, self._trainer.clock
         clock.count_tokens(result.num_tokens)
         arena = self._trainer.arena
-        total_rank = 0 if arena is None else arena.table.total  # method full has none
-        self._log.progress(done, loss=result.loss, learning_rate=result.lr, total_rank=total_rank)
+        total_rank = None if arena is None else arena.table.total  # method full has none
+        self._log.progress(done, loss=result.loss, num_tokens=result.num_tokens, total_rank=total_rank)
         last = done == self._trainer.settings.total_steps
         if done % self._config.logging_steps == 0 or result.void or last:
             shares = {f"{name}_fraction": clock.fraction(name) for name in ("allocator", "resize")}

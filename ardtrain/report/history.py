@@ -55,10 +55,12 @@ def read_sites(path: str | os.PathLike[str]) -> SiteHistory:
     """The history in a `ranks.jsonl`; a last line that is being written, or was torn by a crash, is left out.
 
     Raises:
-        ValueError: the file is empty, line 1 holds no table, a line is no JSON object, or a change names a site that
-            the table lacks or a rank before it that is not the one reached.
+        ValueError: the file is not there or empty, line 1 holds no table, a line is no JSON object, or a change names
+            a site that the table lacks or a rank before it that is not the one reached.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; the output_dir of a run with adapters holds one")
     records = list(json_lines(path))
     if not records or not isinstance(records[0].get("table"), dict):
         raise ValueError(f"{path}: line 1 must hold the rank table of the start; this is no ranks.jsonl of a run")
