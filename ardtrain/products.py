@@ -54,13 +54,20 @@ class FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.packing = packing
-        return frozen_product(x.reshape(-1, x.shape[-1]), weight, bias, packing).view(*x.shape[:-1], -1)
+        return _unflattened(frozen_product(x.reshape(-1, x.shape[-1]), weight, bias, packing), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors  # whole again: ZeRO-3 gathers it before this module's backward
         of_x = frozen_gradient(grad.reshape(-1, grad.shape[-1]), weight, ctx.packing)
         return of_x.view(*grad.shape[:-1], -1), None, None, None
+
+
+def _unflattened(out_NO: Tensor, x: Tensor) -> Tensor:
+    """[..., O] for x [..., I], and no view: what a Function gives back as a view may not be changed in place, which
+    DeBERTa does."""
+    out: Tensor = torch.ops.aten._unsafe_view(out_NO, [*x.shape[:-1], out_NO.shape[-1]])
+    return out
 
 
 def down(x_NI: Tensor, a: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ class AdapterProduct(torch.autograd.Function):
             _add_up(out, hidden, (b * scale).to(x.dtype))
         ctx.scale, ctx.own, ctx.leads, ctx.packing = scale, own, bool(rows), packing
         ctx.save_for_backward(x if rows else None, weight, b, hidden, *rows)
-        return out.view(*x.shape[:-1], -1), *others
+        return _unflattened(out, x), *others
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *of_others: Tensor) -> tuple[Any, ...]:  # type: ignore[override]

@@ -261,6 +261,21 @@ def test_a_closed_head_is_the_frozen_linear_for_it(side):
         torch.testing.assert_close(layer(only), FrozenLinear.apply(only, layer.weight, layer.bias), rtol=0, atol=0)
 
 
+@each_side
+@pytest.mark.parametrize("empty", [False, True], ids=["ranks", "no components"])
+def test_the_output_may_be_changed_in_place(side, empty):
+    """As DeBERTa does with its projection of positions."""
+    layer, _ = head_layer((1, 3, 2, 1), side)
+    if empty:
+        layer.bind(None, (0,) * H)
+    x, again = random(2, 3, I, seed=8).requires_grad_(), random(2, 3, I, seed=8).requires_grad_()
+    (layer(x) / 2).square().sum().backward()
+    out = layer(again).view(6, -1)
+    out /= 2
+    out.square().sum().backward()
+    assert equal_bits(again.grad, x.grad)
+
+
 # ---- a whole model, by head ----
 
 FORMS = ["own_a", "shared_a", "dora"]
