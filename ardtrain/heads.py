@@ -1,8 +1,9 @@
 """Which part of a matrix belongs to which attention head, and sites that are heads.
 
 q, k and v: a head owns rows of the weight, so numbers of the output; with grouped-query attention k and v have fewer
-heads. The output projection: a head owns columns, so numbers of the input. Matrices of the feed-forward part have no
-heads; they may be cut into pseudo-heads of equal width (methods.md 1.3, H1, H12, H13).
+heads. Where q, k and v are one matrix, its heads are all of theirs (Phi-3), or a head's three together where they lie
+side by side (DeBERTa). The output projection: a head owns columns, so numbers of the input. Matrices of the
+feed-forward part have no heads; they may be cut into pseudo-heads of equal width (methods.md 1.3, H1, H12, H13).
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any, Literal
 from ardtrain.ranks import Site
 
 HeadSide = Literal["out", "in"]
-_QUERY = ("q_proj", "query", "query_proj", "q_lin", "wq")
+_QUERY = ("q_proj", "query", "query_proj", "q_lin", "wq", "attention.self.in_proj")
 _KEY_VALUE = ("k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "k_lin", "v_lin", "wk", "wv")
+_FUSED = ("qkv_proj",)
 _OUTPUT = ("o_proj", "out_proj", "attention.output.dense", "out_lin", "wo")
 _UP = ("gate_proj", "up_proj", "fc1", "intermediate.dense", "w1", "w3", "lin1")
+_FUSED_UP = ("gate_up_proj",)
 _DOWN = ("down_proj", "fc2", "output.dense", "w2", "lin2")
 
 
@@ -55,10 +58,14 @@ def find_heads(
             heads = Heads(query, "out")
         elif query and _ends(site.module, _KEY_VALUE):
             heads = Heads(kv, "out")
+        elif query and _ends(site.module, _FUSED):
+            heads = Heads(query + 2 * kv, "out")
         elif query and _ends(site.module, _OUTPUT):
             heads = Heads(query, "in")
         elif mlp_heads > 1 and _ends(site.module, _UP):
             heads, what = Heads(mlp_heads, "out"), "ard_lora.mlp_heads"
+        elif mlp_heads > 1 and _ends(site.module, _FUSED_UP):
+            heads, what = Heads(2 * mlp_heads, "out"), "2 x ard_lora.mlp_heads"
         elif mlp_heads > 1 and _ends(site.module, _DOWN):
             heads, what = Heads(mlp_heads, "in"), "ard_lora.mlp_heads"
         elif chosen is not None:
@@ -73,6 +80,20 @@ def find_heads(
             )
         out[site.module] = heads
     return out
+
+
+def refuse_fused(heads: Iterable[str]) -> None:
+    """For ties between a head's q, k, v and o: they must be matrices of their own.
+
+    Raises:
+        ValueError: a matrix holds the heads of all three one after the other.
+    """
+    fused = [module for module in heads if _ends(module, _FUSED)]
+    if fused:
+        raise ValueError(
+            f"ard_lora.tie=head cannot tell which heads of {fused[0]} belong together: it holds q, k and v in one "
+            "matrix; set ard_lora.tie=none, matrix or layer"
+        )
 
 
 def split_heads(

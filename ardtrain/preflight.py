@@ -47,7 +47,7 @@ from ardtrain.data import DataSettings, EvalData, TrainData
 from ardtrain.data_rows import find_labels
 from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
 from ardtrain.gather_sizes import WeightSizes
-from ardtrain.heads import Heads, find_heads, split_heads
+from ardtrain.heads import Heads, find_heads, refuse_fused, split_heads
 from ardtrain.images import ImageReader, ImageSettings, image_settings
 from ardtrain.importing import place, read_adapter
 from ardtrain.methods import build
@@ -184,6 +184,8 @@ def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[
     block = config.ard_lora or ArdLoraBlock()
     configs = {site.tower: tower_config(model, site.tower) for site in sites}
     heads = find_heads(sites, configs, mlp_heads=block.mlp_heads, chosen=block.head_modules)
+    if block.tie == "head":
+        refuse_fused(heads)
     if block.layout == "own_a":
         sites, ranks = split_heads(sites, ranks, heads)
     return sites, ranks, heads

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from ardtrain.backbones import find_sites
-from ardtrain.heads import Heads, find_heads, split_heads
+from ardtrain.heads import Heads, find_heads, refuse_fused, split_heads
 from ardtrain.ranks import RankTable, Site
 from tests.tiny import tiny_llama
 
@@ -60,6 +60,23 @@ def test_heads_by_the_names_of_other_families(module, wanted):
     """No num_key_value_heads: as many as there are query heads. attention.output.dense is no feed-forward matrix."""
     configs = {"language": SimpleNamespace(num_attention_heads=12)}
     assert find_heads([site(module, 96, 96)], configs, mlp_heads=6) == {module: wanted}
+
+
+def test_fused_matrices():
+    """q's 8 heads, then k's and v's 2; gate and up have as many pseudo-heads each as down."""
+    sites = [
+        site("m.0.self_attn.qkv_proj", 64, 96),
+        site("m.0.mlp.gate_up_proj", 64, 96),
+        site("m.0.mlp.down_proj", 48),
+    ]
+    assert find_heads(sites, LLAMA, mlp_heads=3) == {
+        "m.0.self_attn.qkv_proj": Heads(12, "out"),
+        "m.0.mlp.gate_up_proj": Heads(6, "out"),
+        "m.0.mlp.down_proj": Heads(3, "in"),
+    }
+    refuse_fused(["m.0.self_attn.q_proj", "m.0.self_attn.o_proj"])
+    with pytest.raises(ValueError, match="ard_lora.tie=head cannot tell which heads of m.0.self_attn.qkv_proj belong"):
+        refuse_fused(["m.0.self_attn.o_proj", "m.0.self_attn.qkv_proj"])
 
 
 def test_a_name_must_end_there_as_a_whole():
