@@ -6,6 +6,7 @@ All of it through transformers.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -269,10 +270,49 @@ def load_image_processor(source: ModelSource) -> Any:
 
 
 def never_run(model: PreTrainedModel) -> list[str]:
-    """Modules whose results the model does not use: SigLIP's pooling head, which PaliGemma passes by."""
-    if model.config.model_type not in IMAGE_MODELS:
+    """Modules whose results the model does not use, topmost ones with linears in them.
+
+    SigLIP's pooling head, which PaliGemma passes by; where a model has towers for more than text but rows hold text
+    alone (Gemma-3 from 4B on), all that stands beside its decoder.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if model.config.model_type in IMAGE_MODELS:
+        heads = [n for n, _ in model.named_modules() if n.endswith(("vision_tower.head", "vision_model.head"))]
+        return [head for head in heads if any(name.startswith(f"{head}.") for name in linears)]
+    if model.config.get_text_config() is model.config:
         return []
-    return [name for name, _ in model.named_modules() if name.endswith(("vision_tower.head", "vision_model.head"))]
+    decoder = model.get_decoder()
+    (inside,) = [name for name, module in model.named_modules() if module is decoder]
+    around, _, _ = inside.rpartition(".")
+    beside = [f"{around}.{n}" if around else n for n, _ in model.get_submodule(around).named_children()]
+    return [n for n in beside if n != inside and any(name.startswith(f"{n}.") for name in linears)]
+
+
+def stacked_experts(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape [E, O, I] of experts whose weights are one parameter and no linears; no adapter sits there."""
+    return {
+        f"{path}.{name}": tuple(parameter.shape)
+        for path, module in model.named_modules()
+        if path.endswith("experts")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def without_adapter(model: PreTrainedModel) -> list[str]:
+    """What `all-linear` leaves out and a user may not expect, a line each; nothing for most models."""
+    notes = [
+        f"no adapter on {module}: the model's forward does not use it for such rows" for module in never_run(model)
+    ]
+    experts = stacked_experts(model)
+    if experts:
+        name, shape = next(iter(experts.items()))
+        numbers = sum(math.prod(s) for s in experts.values())
+        notes.append(
+            f"no adapter on the experts: their weights are stacked ({name} {list(shape)}) and no linear layers; "
+            f"{numbers:,} numbers stay as they are"
+        )
+    return notes
 
 
 def find_sites(
@@ -293,10 +333,19 @@ def find_sites(
     in full. PEFT leaves out `score` and `classifier` alone; DeBERTa's `pooler.dense` is a target there.
 
     Raises:
-        ValueError: a target matches nothing, a rank exceeds a module, or `targets` names a tower the model lacks.
+        ValueError: a target matches nothing (or stacked experts alone), a rank exceeds a module, or `targets` names a
+            tower the model lacks.
     """
     linears = base_linears(model)
-    modules = select_modules(linears, target_modules=target_modules, exclude_modules=exclude_modules)
+    try:
+        modules = select_modules(linears, target_modules=target_modules, exclude_modules=exclude_modules)
+    except ValueError as error:
+        experts = next(iter(stacked_experts(model)), None)
+        if experts is None:
+            raise
+        raise ValueError(
+            f"{error}. Experts' weights are stacked in this model ({experts}) and take no adapter"
+        ) from error
     towers = {name: tower_of(name) for name in modules}
     unknown = sorted({*tower_settings, *frozen_towers} - set(towers.values()))
     if unknown:

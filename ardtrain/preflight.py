@@ -26,6 +26,7 @@ from ardtrain.backbones import (
     meta_model,
     tower_config,
     tower_linears,
+    without_adapter,
 )
 from ardtrain.backbones import load_config as load_model_config
 from ardtrain.collectives import idle_share
@@ -74,6 +75,7 @@ class Shape:
     tokens: tuple[int, ...] = ()  # whose rows of the embedding are trained
     rows: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # of init_from: site -> part -> [r, columns]
     sizes: WeightSizes | None = None  # of the weights that ZeRO-3 shards
+    notes: tuple[str, ...] = ()  # what gets no adapter
 
 
 def model_source(config: RunConfig) -> ModelSource:
@@ -125,7 +127,7 @@ def shape_of(config: RunConfig, model: PreTrainedModel, labels: tuple[str, ...])
     method = make_method(config, shape, total_steps=UNKNOWN_STEPS)  # for shapes alone
     dense = (*method.dense(sites), *shape.dense)
     num_trained = ArenaLayout(table, method.entries, dense).num_trained
-    return replace(shape, num_trained=num_trained, dense=dense)
+    return replace(shape, num_trained=num_trained, dense=dense, notes=tuple(without_adapter(model)))
 
 
 def in_full(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -471,8 +473,8 @@ def prepare(path: str | Path, overrides: Sequence[str], *, world_size: int) -> P
 
 def prepare_config(config: RunConfig, notes: Sequence[str] = (), *, world_size: int) -> Prepared:
     """Shapes and DeepSpeed plan of a resolved config. Raises ConfigError."""
-    notes = list(notes)
     shape = check_model(config)
+    notes = [*notes, *shape.notes]
     plan = split_deepspeed(config, world_size=world_size, trainable_numbers=shape.num_trained, sizes=shape.sizes)
     if config.num_grains < world_size:
         idle = world_size - config.num_grains
