@@ -1,5 +1,6 @@
 """What every test may count on: the test data's folder, one thread, the CPU unless a GPU is there."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -44,3 +45,33 @@ def world(monkeypatch):
 
     monkeypatch.setenv("LOCAL_RANK", "0")
     return single_world()
+
+
+FOUND = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-families", help="JSON file for what the tests of model families found, if all pass")
+
+
+def pytest_configure(config):
+    config.stash[FOUND] = {}
+
+
+def pytest_sessionfinish(session, exitstatus):
+    path = session.config.getoption("--record-families")
+    if path and exitstatus == 0:
+        Path(path).write_text(json.dumps(session.config.stash[FOUND], indent=1) + "\n")
+
+
+@pytest.fixture
+def record(request):
+    """Keeps what a test found of a family, or of it under a method, for `--record-families`; called after asserts."""
+
+    def keep(family, method=None, **found):
+        own = request.config.stash[FOUND].setdefault(family.name, {})
+        if method is not None:
+            own = own.setdefault("methods", {}).setdefault(method, {})
+        own.update(found)
+
+    return keep

@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ardtrain.adapters import attach, first_dense
-from ardtrain.backbones import find_sites, quantize_base
+from ardtrain.adapters import attach, attach_dense, dense_entries, first_dense
+from ardtrain.backbones import find_sites, head_linears, quantize_base, tower_config
 from ardtrain.collectives import World
 from ardtrain.data import build_batch
 from ardtrain.engines import AdamSettings, BackboneEngine, start_deepspeed
@@ -268,7 +268,7 @@ def tiny_trainer(
     start=True,
     **loop,
 ):
-    """A trainer over a tiny Llama, ready to step.
+    """A trainer over a tiny Llama, or another model, ready to step; a classification head is trained in full.
 
     Args:
         backbone, adapter: DeepSpeed configs (default: both as simple as can be); loop: changes of `LOOP`.
@@ -285,7 +285,8 @@ def tiny_trainer(
     sites, ranks = find_sites(
         model, target_modules=target_modules, exclude_modules=None, r=r, lora_alpha=lora_alpha, tower_settings={}
     )
-    heads = find_heads(sites, {"language": model.config}, mlp_heads=mlp_heads) if form.endswith("_a") else {}
+    towers = {site.tower: tower_config(model, site.tower) for site in sites}
+    heads = find_heads(sites, towers, mlp_heads=mlp_heads) if form.endswith("_a") else {}
     shared = {m: (h.count, "lora_B" if h.side == "out" else "lora_A") for m, h in heads.items()}
     if form == "own_a":
         sites, ranks = split_heads(sites, ranks, heads)
@@ -295,7 +296,10 @@ def tiny_trainer(
     if quantization is not None:
         offload = backbone["zero_optimization"].get("offload_param", {})
         quantize_base(model, quantization, carried=offload.get("device") == "nvme")
-    adapters = attach(model, sites, dropout={"language": dropout}, form=form, heads=heads)
+    adapters = attach(model, sites, dropout=dict.fromkeys(towers, dropout), form=form, heads=heads)
+    in_full = head_linears(model)
+    dense = (*method.dense(sites), *dense_entries(in_full))
+    adapters |= attach_dense(model, list(in_full))
     first = first_dense(adapters)
     engine = BackboneEngine(model, stage=backbone["zero_optimization"]["stage"], config=backbone, device=world.device)
     arena = LiveArena(
@@ -304,7 +308,7 @@ def tiny_trainer(
         engine_config=adapter,
         adam=adam or AdamSettings(),
         seed=settings.seed,
-        dense=method.dense(sites),
+        dense=dense,
     )
     if start:
         arena.start(table, first)

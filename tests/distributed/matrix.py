@@ -143,25 +143,28 @@ def resume(trainer, path):
     trainer.state = LoopState(**loaded.loop)
 
 
-def run_case(case, world):
-    """Losses, table digests, held-out losses and the final digest of weights and moments, as exact texts."""
+def run_case(case, world, *, build=build, steps=STEPS, cut=30, evaluate_after=(20, 45)):
+    """Losses, table digests, held-out losses and the final digest of weights and moments, as exact texts.
+
+    cut: the steps after which a case that saves does so.
+    """
     trainer = build(case, world)
     if "resume" in case:
         resume(trainer, Path(case["resume"]))
     result = {"losses": {}, "tables": {}, "held_out": {}, "events": 0}
     start = time.perf_counter()
-    while trainer.state.step < STEPS:
+    while trainer.state.step < steps:
         step = trainer.train_step()
         result["losses"][step.step] = step.loss.hex()
         result["tables"][step.step] = trainer.arena.table.digest
         result["events"] = trainer.state.events
-        if trainer.state.step in (20, 45):  # between training steps, with rows of other lengths
+        if trainer.state.step in evaluate_after:  # between training steps, with rows of other lengths
             result["held_out"][trainer.state.step] = trainer.evaluate().loss.hex()
-        if trainer.state.step == 30 and "save" in case:
+        if trainer.state.step == cut and "save" in case:
             snapshot = trainer.arena.capture()
             if world.is_main:
                 checkpoint.save(
-                    Path(case["save"]), snapshot, trainer.arena.layout, step=30, loop=asdict(trainer.state),
+                    Path(case["save"]), snapshot, trainer.arena.layout, step=cut, loop=asdict(trainer.state),
                     identity=IDENTITY, write_adapter=lambda folder: folder.mkdir(),
                 )  # fmt: skip
             world.barrier("saved")
@@ -169,14 +172,14 @@ def run_case(case, world):
     result["seconds"] = time.perf_counter() - start
     result["final"] = weights_digest(snapshot)
     result["gathered"] = trainer.backbone.gathered_parameters()
-    world.agree("final weights", result["final"], step=STEPS)
+    world.agree("final weights", result["final"], step=steps)
     trainer.arena.engine.destroy()
     trainer.backbone.destroy()
     return result
 
 
-def main(cases_path, out_path, device="cpu"):
-    """Runs all cases in this one start of the processes."""
+def main(cases_path, out_path, device="cpu", *, run=run_case):
+    """Runs all cases in this one start of the processes; run: as run_case."""
     torch.set_num_threads(1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -192,7 +195,7 @@ def main(cases_path, out_path, device="cpu"):
     start_deepspeed(target)
     results = {}
     for name, case in json.loads(Path(cases_path).read_text()).items():
-        results[name] = run_case(case, world)
+        results[name] = run(case, world)
         if world.is_main:
             print(name, f"{results[name]['seconds']:.1f} s", results[name]["final"][:12], flush=True)
     if world.is_main:
