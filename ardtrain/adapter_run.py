@@ -25,7 +25,7 @@ from ardtrain.adapters import (
     first_dense,
 )
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import DTYPES, enable_checkpointing
+from ardtrain.backbones import DTYPES, enable_checkpointing, tower_text
 from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import image_inputs, loss_sum
@@ -311,7 +311,9 @@ class AdapterRun(Session):
 
             draw_ranks(self.run_dir / "ranks.jsonl", picture)
         check = "base too large to run through PEFT" if difference is None else f"PEFT's logits: {difference:.1e} off"
-        self.finish(code, f"adapter: {self.run_dir / 'adapter'} ({check})\nranks: {picture}")
+        by_tower = tower_text(self.arena.layout)
+        lines = [f"adapter: {self.run_dir / 'adapter'} ({check})", f"ranks: {picture}"]
+        self.finish(code, "\n".join([*([f"by tower: {by_tower}"] if by_tower else []), *lines]))
 
     def _export_final(self) -> float | None:
         """The final adapter, complete and compared with PEFT's reading before it gets its name; all must call this.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from ardtrain.adapters import linear_modules, make_sites, select_modules
+from ardtrain.arena import ArenaLayout
 from ardtrain.quantized import Format, Packing, quantize_modules, unshared
 from ardtrain.ranks import Site, named_seed
 
@@ -324,10 +325,11 @@ def find_sites(
     lora_alpha: float,
     tower_settings: dict[str, tuple[int, float]],
     frozen_towers: Sequence[str] = (),
+    own_modules: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> tuple[list[Site], list[int]]:
     """Sites of the model and their first ranks, in base order; works on the meta device.
 
-    frozen_towers: get no adapter.
+    frozen_towers: get no adapter. own_modules: tower -> its own (target_modules, exclude_modules), None for the run's.
 
     The output embedding is never a target (PEFT's rule for `all-linear`), nor is a classification head: it is trained
     in full. PEFT leaves out `score` and `classifier` alone; DeBERTa's `pooler.dense` is a target there.
@@ -338,7 +340,7 @@ def find_sites(
     """
     linears = base_linears(model)
     try:
-        modules = select_modules(linears, target_modules=target_modules, exclude_modules=exclude_modules)
+        modules = _tower_modules(linears, target_modules, exclude_modules, own_modules or {})
     except ValueError as error:
         experts = next(iter(stacked_experts(model)), None)
         if experts is None:
@@ -357,6 +359,26 @@ def find_sites(
     if not modules:
         raise ValueError("targets freezes every tower that target_modules reaches; leave one to train")
     return make_sites(linears, modules, r=r, lora_alpha=lora_alpha, tower_of=towers, tower_settings=tower_settings)
+
+
+def _tower_modules(
+    linears: Mapping[str, nn.Linear], target: Any, exclude: Any, own: Mapping[str, tuple[Any, Any]]
+) -> list[str]:
+    """The targeted paths in base order; a tower in `own` is asked by its own settings, where it has some."""
+    every = select_modules(linears, target_modules=target)
+    chosen = set(select_modules(linears, target_modules=target, exclude_modules=exclude)) if exclude else set(every)
+    for tower, (own_target, own_exclude) in own.items():
+        inside = {name: linear for name, linear in linears.items() if tower_of(name) == tower}
+        wanted = own_target if own_target is not None else [name for name in every if name in inside]
+        if not inside or not wanted or (own_target is None and own_exclude is None):
+            continue  # the run's settings hold, or the caller names the tower
+        excluded = own_exclude if own_exclude is not None else exclude
+        try:
+            kept = select_modules(inside, target_modules=wanted, exclude_modules=excluded)
+        except ValueError as error:
+            raise ValueError(f"targets.{tower}: {error}") from error
+        chosen = (chosen - inside.keys()) | set(kept)
+    return [name for name in linears if name in chosen]
 
 
 def base_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -383,7 +405,8 @@ def tower_linears(model: PreTrainedModel, tower: str) -> dict[str, nn.Linear]:
     if others or not every:
         reason = (
             f"{len(others)} of the tower's {len(every)} tensors are no linear layer's, e.g. {others[0]}, and its "
-            f"{sum(every.values()):,} numbers would lie whole on every process (float32 weights, moments, gradient)"
+            f"{sum(every.values()):,} numbers would be {16 * sum(every.values()) / 2**30:.3g} GiB of masters, moments "
+            "and gradient on every process"
             if others
             else "the model has no such tower"
         )
@@ -452,6 +475,20 @@ def tower_of(module: str) -> str:
     if module.startswith(PROJECTOR_PREFIXES):
         return "projector"
     return "language"
+
+
+def tower_text(layout: ArenaLayout) -> str:
+    """What each tower has, such as "vision rank 36 and 3,456 numbers, language rank 112 and ..."; "" for one alone."""
+    ranks, numbers = layout.table.by_tower(), dict[str, int]()
+    for block in layout.all_blocks:
+        tower = tower_of(block.module)
+        numbers[tower] = numbers.get(tower, 0) + block.rows * block.columns
+    towers = dict.fromkeys([*ranks, *numbers])
+    each = [
+        f"{tower} " + (f"rank {ranks[tower]} and " if tower in ranks else "") + f"{numbers.get(tower, 0):,} numbers"
+        for tower in towers
+    ]
+    return ", ".join(each) if len(each) > 1 else ""
 
 
 def _first_line(error: BaseException) -> str:

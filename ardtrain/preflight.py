@@ -26,6 +26,7 @@ from ardtrain.backbones import (
     meta_model,
     tower_config,
     tower_linears,
+    tower_text,
     without_adapter,
 )
 from ardtrain.backbones import load_config as load_model_config
@@ -58,6 +59,7 @@ from ardtrain.ranks import Dense, RankTable, Site
 from ardtrain.token_rows import find_tokens, refuse_whole_embeddings, token_entry
 
 _FORMATS: dict[str, Any] = {"sequence_classification": "classification", "image_text_to_text": "image_text"}
+MOVES_RANKS = ("elalora", "adalora", "alora", "ard_lora")
 UNKNOWN_STEPS = 1 << 40  # longer than any schedule
 
 
@@ -76,6 +78,7 @@ class Shape:
     rows: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # of init_from: site -> part -> [r, columns]
     sizes: WeightSizes | None = None  # of the weights that ZeRO-3 shards
     notes: tuple[str, ...] = ()  # what gets no adapter
+    by_tower: str = ""  # total rank and trained numbers, where there are several towers
 
 
 def model_source(config: RunConfig) -> ModelSource:
@@ -126,8 +129,9 @@ def shape_of(config: RunConfig, model: PreTrainedModel, labels: tuple[str, ...])
     _check_shortlist(config, table)
     method = make_method(config, shape, total_steps=UNKNOWN_STEPS)  # for shapes alone
     dense = (*method.dense(sites), *shape.dense)
-    num_trained = ArenaLayout(table, method.entries, dense).num_trained
-    return replace(shape, num_trained=num_trained, dense=dense, notes=tuple(without_adapter(model)))
+    layout = ArenaLayout(table, method.entries, dense)
+    notes, by_tower = tuple(without_adapter(model)), tower_text(layout)
+    return replace(shape, num_trained=layout.num_trained, dense=dense, notes=notes, by_tower=by_tower)
 
 
 def in_full(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -178,6 +182,7 @@ def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[
         lora_alpha=config.lora_alpha,
         tower_settings={tower: (s.r, s.lora_alpha) for tower, s in towers.items()},
         frozen_towers=frozen,
+        own_modules={t: (own.target_modules, own.exclude_modules) for t, own in config.targets.items()},
     )
     if config.use_rslora:
         sites = [replace(s, scaling=s.scaling * math.sqrt(r)) for s, r in zip(sites, ranks, strict=True)]
@@ -401,6 +406,8 @@ def make_method(config: RunConfig, shape: Shape, *, total_steps: int, steps_per_
         settings["target_r"] = (ard.target_r or start) if ard.budget else None
         if ard.layout == "shared_a":
             shared = {m: (h.count, "lora_B" if h.side == "out" else "lora_A") for m, h in shape.heads.items()}
+    if config.method in MOVES_RANKS:
+        settings["per_tower"] = config.budget == "per_tower"
     return build(config.method, settings, total_steps=total_steps, table=shape.table, shared_heads=shared)
 
 
@@ -427,13 +434,11 @@ def summary(config: RunConfig, shape: Shape, train: TrainData, notes: Sequence[s
     """What `ardtrain validate` prints and a run begins with."""
     share = shape.num_trained / shape.num_base
     bits = "" if config.quantization is None else f", linears in {config.quantization}"
-    by_tower = shape.table.by_tower()
-    towers = ", ".join(f"{tower} {total}" for tower, total in by_tower.items())
     lines = [
         f"model: {config.model_name_or_path}, {shape.num_base:,} frozen parameters{bits}",
         f"method: {config.method}, {len(shape.table.sites)} sites, total rank {shape.table.total}, "
         f"{shape.num_trained:,} trained numbers ({share:.2%})",
-        *([f"total rank by tower: {towers}"] if len(by_tower) > 1 else []),
+        *([f"by tower: {shape.by_tower}"] if shape.by_tower else []),
         schedule_text(config, train),
         f"data: {train.num_samples} samples; " + ", ".join(f"{k} {v}" for k, v in train.counts.items()),
         *(f"note: {n}" for n in notes),
@@ -475,6 +480,9 @@ def prepare_config(config: RunConfig, notes: Sequence[str] = (), *, world_size: 
     """Shapes and DeepSpeed plan of a resolved config. Raises ConfigError."""
     shape = check_model(config)
     notes = [*notes, *shape.notes]
+    if config.budget == "per_tower" and (config.method not in MOVES_RANKS or len(shape.table.by_tower()) < 2):
+        why = "the adapters sit in one tower" if config.method in MOVES_RANKS else f"{config.method} moves no rank"
+        notes.append(f"budget=per_tower has no effect: {why}")
     plan = split_deepspeed(config, world_size=world_size, trainable_numbers=shape.num_trained, sizes=shape.sizes)
     if config.num_grains < world_size:
         idle = world_size - config.num_grains

@@ -31,6 +31,21 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
+def module_errors(block: Any) -> list[str]:
+    """Lines of what is wrong with a block's target_modules and exclude_modules."""
+    errors = []
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(block, name)
+        if isinstance(value, tuple) and not all(value) or value in ("", ()):
+            errors.append(f"{name} is empty; name at least one module, or remove the setting")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                errors.append(f"{name}={value} is no regular expression ({error}); correct it or give a list")
+    return errors
+
+
 class TargetBlock(Block):
     """Adapter settings of one tower; what is left out follows the top level."""
 
@@ -41,14 +56,19 @@ class TargetBlock(Block):
     r: int | None = Field(default=None, ge=1)
     lora_alpha: float | None = Field(default=None, gt=0)
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] | None = None
+    """As the top level's, among this tower's modules."""
+    exclude_modules: str | tuple[str, ...] | None = None
+    """As the top level's, among this tower's modules."""
 
     def cross_field_errors(self) -> list[str]:
         without = [name for name in ("frozen", "full") if getattr(self, name)]
-        given = [name for name in ("r", "lora_alpha", "lora_dropout") if getattr(self, name) is not None]
+        own = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
+        given = [name for name in own if getattr(self, name) is not None]
         if len(without) == 2 or (without and given):
             other = given[0] if given else "full"
             return [f"{other} stands beside {without[0]}=true, which leaves no adapter; remove one"]
-        return []
+        return module_errors(self)
 
 
 class DataBlock(Block):
@@ -269,7 +289,9 @@ class RunConfig(Block):
     modules_to_save: Annotated[tuple[str, ...] | None, BeforeValidator(tuple_of)] = None
     """PEFT's; refused, an embedding with its bytes: use trainable_tokens. A classification head is trained anyway."""
     targets: dict[str, TargetBlock] = {}
-    """Adapter settings by tower, such as {vision: {r: 4}}."""
+    """Settings by tower: vision, projector, language, such as {vision: {r: 4}, projector: {full: true}}."""
+    budget: Literal["shared", "per_tower"] = "shared"
+    """shared: ranks move across towers; per_tower: each keeps its share of the total and is allocated by itself."""
     elalora: ElaLoraBlock | None = None
     adalora: AdaLoraBlock | None = None
     alora: AloraBlock | None = None
@@ -370,7 +392,7 @@ class RunConfig(Block):
     """Weights and gradient of the scores: after clipping and step (published), or before both."""
 
     def cross_field_errors(self) -> list[str]:
-        return [*self._method_errors(), *self._adapter_errors(), *self._run_errors(), *self._schedule_errors()]
+        return [*self._method_errors(), *module_errors(self), *self._run_errors(), *self._schedule_errors()]
 
     @property
     def num_grains(self) -> int:
@@ -399,6 +421,8 @@ class RunConfig(Block):
             )
         if self.ard_lora is not None:
             errors += self._ard_lora_errors(self.ard_lora)
+        if self.budget == "per_tower":
+            errors += self._per_tower_errors()
         if self.method == "full":
             adapters_only = ("r", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "trainable_tokens")
             for name in (*adapters_only, "loss_chunk_tokens"):
@@ -424,6 +448,16 @@ class RunConfig(Block):
                 "trained; remove one"
             )
         return errors
+
+    def _per_tower_errors(self) -> list[str]:
+        if self.ard_lora is not None and not self.ard_lora.budget:
+            return ["ard_lora.budget=false stands beside budget=per_tower, which divides a budget; remove one"]
+        if self.alora is not None and self.alora.shortlist is not None:
+            return [
+                f"alora.shortlist={self.alora.shortlist:g} picks what is scored exactly over all towers and stands "
+                "beside budget=per_tower; remove one"
+            ]
+        return []
 
     def _image_errors(self) -> list[str]:
         errors = []
@@ -470,19 +504,6 @@ class RunConfig(Block):
                 f"ard_lora.meta_interval={block.meta_interval} needs held-out rows; set data.allocation_file or "
                 "data.eval_file"
             )
-        return errors
-
-    def _adapter_errors(self) -> list[str]:
-        errors = []
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and not all(value) or value in ("", ()):
-                errors.append(f"{name} is empty; name at least one module, or remove the setting")
-            if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    errors.append(f"{name}={value} is no regular expression ({error}); correct it or give a list")
         return errors
 
     def _run_errors(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from ardtrain import schedule
 from ardtrain.methods.base import Binding, FixedRank, Needs, StateKind, Statistics
 from ardtrain.methods.diagonal import diagonal_entries, first_rows, orthogonality_penalty
 from ardtrain.methods.sensitivity import component_scores, observe_sensitivity
-from ardtrain.ranks import RankPlan, RankTable, Site, SiteChange, positions, prune_and_grow
+from ardtrain.methods.towers import parts_of, shares
+from ardtrain.ranks import Integers, RankPlan, RankTable, Site, SiteChange, positions, prune_and_grow
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class AdaLoraSettings:
 
     target_r: average rank of a site at the end; the first ranks are the run's (PEFT's init_r). tinit, tfinal, deltaT:
     optimizer steps. compact: when masked components are really removed, at the last step (end) or as soon as the mask
-    is fixed (freeze: cheaper steps; the penalty no longer sees the masked rows of A and B).
+    is fixed (freeze: cheaper steps; the penalty no longer sees the masked rows of A and B). per_tower: each tower is
+    masked by its own scores and ends with its share of the last budget, in proportion to its start (ours).
     """
 
     total_steps: int
@@ -41,6 +43,7 @@ class AdaLoraSettings:
     orth_reg_weight: float
     reg_orth_form: Literal["mean_norm", "squared"]
     compact: Literal["end", "freeze"]
+    per_tower: bool = False
 
 
 class AdaLora(FixedRank):
@@ -87,6 +90,11 @@ class AdaLora(FixedRank):
                 "adalora.target_r or raise r"
             )
         self._masked = torch.nonzero(binding.state["masked"]).flatten().tolist()
+        self._pools = [Pool("", np.arange(binding.table.total), self._target)]
+        if self.settings.per_tower:
+            parts = parts_of(binding.table)
+            last = shares([part.table.total for part in parts], self._target)
+            self._pools = [Pool(f"{p.tower}.", p.components, n) for p, n in zip(parts, last, strict=True)]
 
     def extra_loss(self, views: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
         return orthogonality_penalty(views, weight=self.settings.orth_reg_weight, form=self.settings.reg_orth_form)
@@ -118,8 +126,10 @@ class AdaLora(FixedRank):
 
         b0 is the table's total: until the components are removed that is the first one, then it is bT and this is 0.
         """
-        total = self.binding.table.total
-        last = self._target
+        return sum(self._num_masked(step, pool) for pool in self._pools)
+
+    def _num_masked(self, step: int, pool: Pool) -> int:
+        total, last = len(pool.components), pool.target
         return total - (last if step >= self._fixing_step else self._budget(step, first=total, last=last))
 
     def due(self, step: int) -> bool:
@@ -143,7 +153,7 @@ class AdaLora(FixedRank):
         numbers: dict[str, float] = {}
         if not again:
             assert scores is not None
-            masked, numbers = lowest(scores, self.num_masked(step))
+            masked, numbers = self._lowest(step, scores)
         if step < self._fixing_step:
             return mask_plan(table, masked, scores=numbers)
         if step == self.settings.total_steps - 1 or self.settings.compact == "freeze":
@@ -155,6 +165,26 @@ class AdaLora(FixedRank):
             self.binding.state["masked"][masked] = 1.0
         return mask_plan(table, masked, scores=numbers, again=again)
 
+    def _lowest(self, step: int, scores: Tensor) -> tuple[list[int], dict[str, float]]:
+        """The components that a mask of this step masks, ascending, and the scores beside the cuts."""
+        masked: list[int] = []
+        numbers: dict[str, float] = {}
+        for pool in self._pools:
+            count = self._num_masked(step, pool)
+            if count > 0:
+                chosen, cut = lowest(scores[torch.from_numpy(pool.components)], count)
+                masked += pool.components[chosen].tolist()
+                numbers |= {pool.name + name: value for name, value in cut.items()}
+        return sorted(masked), numbers
+
+
+class Pool(NamedTuple):
+    """What is masked by itself: all components, or a tower's. name: before its numbers; target: its last budget."""
+
+    name: str
+    components: Integers
+    target: int
+
 
 def lowest(scores: Tensor, count: int) -> tuple[list[int], dict[str, float]]:
     """The `count` components of lowest score, ascending by number, and the scores on both sides of the cut.
@@ -162,11 +192,11 @@ def lowest(scores: Tensor, count: int) -> tuple[list[int], dict[str, float]]:
     Exactly `count`, by (score, site, position): the published threshold masks all that tie with it.
 
     Args:
-        scores: [R] float64 on the host, in table order; 0 < count < R.
+        scores: [R] float64 on the host, in table order; 0 < count <= R.
     """
     ordered = torch.sort(scores, stable=True)
     values = ordered.values[count - 1 : count + 1].tolist()
-    numbers = dict(zip(("highest_masked", "lowest_kept"), values, strict=True))
+    numbers = dict(zip(("highest_masked", "lowest_kept"), values, strict=False))
     return ordered.indices[:count].sort().values.tolist(), numbers
 
 

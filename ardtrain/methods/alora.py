@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ardtrain.methods.base import Needs
 from ardtrain.methods.lora import Lora
+from ardtrain.methods.towers import allocate_by
 from ardtrain.ranks import Integers, RankPlan, RankTable, prune_and_grow
 
 
@@ -27,7 +28,7 @@ class AloraSettings:
 
     k1: before the first round; k2: between rounds; rounds: at most so many (the paper's N_A); n_a: components moved in
     one round, None: the number of matrix types in a block; prune_only_harmful: spare components that are no worse than
-    empty ones (ours); revive: may a site of rank 0 grow again?
+    empty ones (ours); revive: may a site of rank 0 grow again? per_tower: each tower keeps its total, with its own n_a.
     """
 
     total_steps: int
@@ -37,6 +38,7 @@ class AloraSettings:
     n_a: int | None = None
     prune_only_harmful: bool = False
     revive: bool = False
+    per_tower: bool = False
 
 
 class Alora(Lora):
@@ -67,14 +69,19 @@ class Alora(Lora):
             scores: [R] float64, CS(r) - CS0: importance beside an empty component's; below 0 is harmful.
         """
         assert scores is not None
-        s, table = self.settings, self.binding.table
-        return allocate(
-            table,
-            scores.numpy(),
-            n_a=num_matrix_types(table) if s.n_a is None else s.n_a,
-            prune_only_harmful=s.prune_only_harmful,
-            revive=s.revive,
-        )
+        s, values = self.settings, scores.numpy()
+
+        def round_of(table: RankTable, own: Integers) -> RankPlan | None:
+            return allocate(
+                table,
+                values[own],
+                n_a=num_matrix_types(table) if s.n_a is None else s.n_a,
+                prune_only_harmful=s.prune_only_harmful,
+                revive=s.revive,
+                keep_total=s.per_tower,
+            )
+
+        return allocate_by(self.binding.table, round_of, per_tower=s.per_tower)
 
 
 def num_matrix_types(table: RankTable) -> int:
@@ -89,6 +96,7 @@ def allocate(
     n_a: int,
     prune_only_harmful: bool = False,
     revive: bool = False,
+    keep_total: bool = False,
 ) -> RankPlan | None:
     """One round: the n_a lowest scores leave, and as many join the sites that lost none; None: nothing leaves.
 
@@ -100,20 +108,19 @@ def allocate(
     Args:
         scores: [R] in table order, relative to an empty component's.
         revive: sites of rank 0 may grow; they have no score and count as empty components, 0.
+        keep_total: prune no more than the other sites can take (ours, for towers with a budget each).
     """
     values = np.asarray(scores, np.float64)
     order = np.argsort(values, kind="stable")  # equal scores in the order of (site, position)
     pruned = order[:n_a]
     if prune_only_harmful:
         pruned = pruned[values[pruned] < 0.0]
+    grown = _grown(table, values, pruned, revive=revive)
+    while keep_total and len(grown) < len(pruned):
+        pruned = pruned[:-1]
+        grown = _grown(table, values, pruned, revive=revive)
     if not len(pruned):
         return None
-    may_grow = np.ones(len(table.sites), bool) if revive else table.rank_array > 0
-    may_grow[table.owners[pruned]] = False
-    takers = np.flatnonzero(may_grow)
-    averages = np.array(_averages(table, values.tolist(), takers.tolist()))
-    takers = takers[np.argsort(-averages, kind="stable")]
-    grown = list(islice(_in_turns(takers, table.known_sites.max_ranks - table.rank_array), len(pruned)))
     num_harmful = int((values[pruned] < 0.0).sum())
     numbers = {"highest_pruned": float(values[pruned[-1]]), "num_pruned_harmful": float(num_harmful)}
     if len(order) > len(pruned):
@@ -125,6 +132,16 @@ def allocate(
         reason=f"alora: pruned {len(pruned)} ({num_harmful} worse than empty), grew {len(grown)}",
         scores=numbers,
     )
+
+
+def _grown(table: RankTable, scores: NDArray[np.float64], pruned: Integers, *, revive: bool) -> list[int]:
+    """Sites that gain a component each time they are named, at most as many as are pruned."""
+    may_grow = np.ones(len(table.sites), bool) if revive else table.rank_array > 0
+    may_grow[table.owners[pruned]] = False
+    takers = np.flatnonzero(may_grow)
+    averages = np.array(_averages(table, scores.tolist(), takers.tolist()))
+    takers = takers[np.argsort(-averages, kind="stable")]
+    return list(islice(_in_turns(takers, table.known_sites.max_ranks - table.rank_array), len(pruned)))
 
 
 def _averages(table: RankTable, scores: Sequence[float], sites: Sequence[int]) -> list[float]:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,10 @@ _LAMBDA, _COUNT, _SQUARE, _UPDATES, _FROZEN = range(5)  # places in the array `c
 
 @dataclass(frozen=True)
 class ArdLoraSettings:
-    """The method's block of the config, field for field, and the run's length. Steps are optimizer steps."""
+    """The method's block of the config, field for field, and the run's length. Steps are optimizer steps.
+
+    per_tower: each tower has its own price and budget, the same share of its start as target_r is of the whole's.
+    """
 
     total_steps: int
     init_warmup: int
@@ -68,10 +71,13 @@ class ArdLoraSettings:
     budget_in: Literal["components", "parameters"]
     r_max: int | None
     capacities: tuple[int, ...] | None
+    per_tower: bool = False
 
 
 class ArdLora(FixedRank):
-    """State: alphas and their gradients' sums [P], checks outside the bucket [U], the controller's five numbers."""
+    """State: alphas and their gradients' sums [P], checks outside the bucket [U], the controller's numbers: five, and
+    two for each further pool (price, mean square).
+    """
 
     def __init__(
         self, settings: ArdLoraSettings, table: RankTable, shared_heads: Mapping[str, tuple[int, str]] | None = None
@@ -98,8 +104,8 @@ class ArdLora(FixedRank):
         )
         self._r0 = torch.tensor([float(u.r0) for u in self.units], dtype=torch.float64)
         self._cost = torch.tensor([u.cost for u in self.units], dtype=torch.float64)
-        target = settings.target_r
-        self._target = None if target is None else float((self._cost * target).sum())
+        self._pools = self._make_pools(table, names)
+        self._targets = self._make_targets(table)
         self._r_max = torch.tensor([float(u.r_max) for u in self.units], dtype=torch.float64)
         self._contributions: Tensor | None = None
 
@@ -116,7 +122,7 @@ class ArdLora(FixedRank):
             "alpha": self.num_alphas,
             "alpha_gradient": self.num_alphas,
             "outside": len(self.units),
-            "controller": 5,
+            "controller": 5 + 2 * (len(self._pools) - 1),
         }
 
     def bind(self, binding: Binding) -> None:
@@ -124,7 +130,7 @@ class ArdLora(FixedRank):
         alpha = binding.state["alpha"]
         if not bool(alpha.any()):  # a run's start: no alpha is ever 0 later
             alpha.fill_(1.0)
-            binding.state["controller"][_LAMBDA] = self.settings.l1
+            binding.state["controller"][[pool.price for pool in self._pools]] = self.settings.l1
         self._slots = make_slots(self.units, binding.table)
         self._kept: Tensor | None = None
 
@@ -218,25 +224,59 @@ class ArdLora(FixedRank):
         controller[_COUNT] = 0
         if s.alpha_scale == "rms":
             controller[_UPDATES] += 1
-            controller[_SQUARE] = RMS_DECAY * controller[_SQUARE] + (1 - RMS_DECAY) * gradient.square().mean()
-            mean_square = controller[_SQUARE] / (1 - RMS_DECAY ** float(controller[_UPDATES]))
-            gradient = gradient / (mean_square.sqrt() + 1e-30)
-        alpha = state["alpha"]
-        price, before = float(controller[_LAMBDA]), self._over_budget()
+            for pool in self._pools:
+                own = gradient[pool.alphas]
+                square = RMS_DECAY * controller[pool.square] + (1 - RMS_DECAY) * own.square().mean()
+                mean_square = square / (1 - RMS_DECAY ** float(controller[_UPDATES]))
+                controller[pool.square], gradient[pool.alphas] = square, own / (mean_square.sqrt() + 1e-30)
+        alpha, prices = state["alpha"], torch.empty_like(state["alpha"])
+        for pool in self._pools:
+            prices[pool.alphas] = controller[pool.price]
+        before = self._over_budgets()
         alpha += alpha_step(
-            alpha, gradient, rate=s.lr_alpha, l1=price, beta=s.beta, form=s.tv_form, chains=self._chains
+            alpha, gradient, rate=s.lr_alpha, l1=prices, beta=s.beta, form=s.tv_form, chains=self._chains
         )
         alpha.copy_(torch.minimum(torch.maximum(alpha, self._lowest()), self._highest()))
-        if self._target is not None:
-            over = self._over_budget()
-            price += s.controller_rate * over + self._damping() * (over - before)
-            controller[_LAMBDA] = min(max(price, 0.0), s.l1_max)
+        for pool, target, was, over in zip(self._pools, self._targets, before, self._over_budgets(), strict=True):
+            if target is not None:
+                price = float(controller[pool.price])
+                price += s.controller_rate * over + self._damping(pool, target) * (over - was)
+                controller[pool.price] = min(max(price, 0.0), s.l1_max)
 
-    def _over_budget(self) -> float:
-        """Share of the budget by which the ranks exceed it; negative below it, 0 without a budget."""
-        return 0.0 if self._target is None else float((self._cost * self.usable_ranks()).sum()) / self._target - 1.0
+    def _make_pools(self, table: RankTable, alphas: Sequence[str]) -> list[Pool]:
+        """What has a price and a budget of its own: everything, or each tower. alphas: their names, in order."""
+        if not self.settings.per_tower:
+            return [Pool("", torch.arange(len(self.units)), torch.arange(len(alphas)), _LAMBDA, _SQUARE)]
+        towers = np.array([table.sites[unit.site].tower for unit in self.units])
+        out: list[Pool] = []
+        for number, tower in enumerate(dict.fromkeys(towers.tolist())):
+            units = torch.from_numpy(np.flatnonzero(towers == tower))
+            # No alpha is tied over two towers: a layer's path says its tower.
+            own = torch.unique(self._owner[units][self._share[units] > 0])
+            more = 5 + 2 * (number - 1)
+            price, square = (more, more + 1) if number else (_LAMBDA, _SQUARE)
+            out.append(Pool(f"{tower}.", units, own, price, square))
+        return out
 
-    def _damping(self) -> float:
+    def _make_targets(self, table: RankTable) -> list[float | None]:
+        """The budget of each pool; None for none."""
+        target = self.settings.target_r
+        if target is None:
+            return [None] * len(self._pools)
+        if not self.settings.per_tower:
+            return [float((self._cost * target).sum())]
+        share = target * len(table.sites) / table.total
+        return [share * float((self._cost * self._r0)[pool.units].sum()) for pool in self._pools]
+
+    def _over_budgets(self) -> list[float]:
+        """Of each pool the share of its budget by which the ranks exceed it; negative below it, 0 without a budget."""
+        costs = self._cost * self.usable_ranks()
+        return [
+            0.0 if target is None else float(costs[pool.units].sum()) / target - 1.0
+            for pool, target in zip(self._pools, self._targets, strict=True)
+        ]
+
+    def _damping(self, pool: Pool, target: float) -> float:
         """Weight of the budget's change beside the budget itself (ours; H7 has the second alone).
 
         The price adds up the excess and alpha adds up the price: alone they swing, and on a flat loss, where nothing
@@ -245,9 +285,8 @@ class ArdLora(FixedRank):
         beyond 1 the price itself would alternate.
         """
         s = self.settings
-        assert self._target is not None
         width = 1.0 - s.beta if s.tv_form == "temporal" else 1.0
-        speed = s.lr_alpha * width * float((self._cost * self._r0).sum()) / self._target
+        speed = s.lr_alpha * width * float((self._cost * self._r0)[pool.units].sum()) / target
         return min(2.0 * math.sqrt(s.controller_rate / speed), 1.0 / speed)
 
     def _lowest(self) -> Tensor:
@@ -307,7 +346,7 @@ class ArdLora(FixedRank):
         numbers = {
             "continuous_rank": float(ranks.sum()),
             "rounded_rank": float(torch.floor(ranks + 0.5).sum()),
-            "l1": float(self.binding.state["controller"][_LAMBDA]),
+            **{f"{p.name}l1": float(self.binding.state["controller"][p.price]) for p in self._pools},
         }
         if step >= self.freeze_step:
             changes = self._frozen_changes(self._final_ranks(), gates)
@@ -390,11 +429,14 @@ class ArdLora(FixedRank):
 
         ceil changes no output with a ramp of width 1; a wider one and a sigmoid lose what is open beyond the rank.
         """
-        ranks = self.usable_ranks().tolist()
-        if self._target is None:
-            return [math.ceil(r - 1e-9) for r in ranks]
-        limits = [u.r_max for u in self.units]
-        return project(ranks, self._cost.tolist(), self._target, limits)
+        ranks = self.usable_ranks()
+        out = torch.ceil(ranks - 1e-9).long()
+        for pool, target in zip(self._pools, self._targets, strict=True):
+            if target is not None:
+                own = pool.units
+                limits = [int(n) for n in self._r_max[own].tolist()]
+                out[own] = torch.tensor(project(ranks[own].tolist(), self._cost[own].tolist(), target, limits))
+        return [int(n) for n in out.tolist()]
 
 
 # ---- units: what owns a rank ----
@@ -415,6 +457,19 @@ class Unit:
     r_max: int
     cost: float
     folds: str
+
+
+class Pool(NamedTuple):
+    """Units and alphas with one price and one budget: all of them, or a tower's.
+
+    name: before its numbers; price, square: the places of its price and its gradient's mean square in `controller`.
+    """
+
+    name: str
+    units: Tensor
+    alphas: Tensor
+    price: int
+    square: int
 
 
 def make_units(table: RankTable, shared_heads: Mapping[str, tuple[int, str]], settings: ArdLoraSettings) -> list[Unit]:

@@ -20,7 +20,8 @@ from ardtrain import schedule
 from ardtrain.methods.base import FixedRank, Needs, StateKind, Statistics
 from ardtrain.methods.diagonal import diagonal_entries, first_rows, orthogonality_penalty
 from ardtrain.methods.sensitivity import component_scores, observe_sensitivity
-from ardtrain.ranks import RankPlan, RankTable, Site, prune_and_grow
+from ardtrain.methods.towers import allocate_by
+from ardtrain.ranks import Integers, RankPlan, RankTable, Site, prune_and_grow
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ElaLoraSettings:
     """The method's block of the config, field for field, and the run's length.
 
     b: most components moved in one event; k: most per site; init_warmup, final_warmup, mask_interval: optimizer steps.
+    per_tower: each tower keeps its total and has its own b.
     """
 
     total_steps: int
@@ -44,6 +46,7 @@ class ElaLoraSettings:
     allow_swap: bool
     newborn_immunity: bool
     newborn_norm: Literal["mean", "unit"]
+    per_tower: bool = False
 
 
 class ElaLora(FixedRank):
@@ -120,15 +123,14 @@ class ElaLora(FixedRank):
 
     def plan(self, step: int, scores: Tensor | None) -> RankPlan | None:
         assert scores is not None
-        immune = self.binding.age.cpu() <= self.settings.mask_interval if self.settings.newborn_immunity else None
-        return reallocate(
-            self.binding.table,
-            scores.numpy(),
-            b=self.amount(step),
-            k=self.settings.k,
-            allow_swap=self.settings.allow_swap,
-            immune=immune.numpy() if immune is not None else None,
-        )
+        s, values = self.settings, scores.numpy()
+        immune = (self.binding.age.cpu() <= s.mask_interval).numpy() if s.newborn_immunity else None
+
+        def allocate(table: RankTable, own: Integers) -> RankPlan | None:
+            kept = None if immune is None else immune[own]
+            return reallocate(table, values[own], b=self.amount(step), k=s.k, allow_swap=s.allow_swap, immune=kept)
+
+        return allocate_by(self.binding.table, allocate, per_tower=s.per_tower)
 
 
 def reallocate(

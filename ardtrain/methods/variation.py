@@ -20,24 +20,32 @@ TvForm = Literal["temporal", "temporal_l2", "depth", "heads"]
 
 
 def alpha_step(
-    alpha: Tensor, gradient: Tensor, *, rate: float, l1: float, beta: float, form: TvForm, chains: Sequence[list[int]]
+    alpha: Tensor,
+    gradient: Tensor,
+    *,
+    rate: float,
+    l1: float | Tensor,
+    beta: float,
+    form: TvForm,
+    chains: Sequence[list[int]],
 ) -> Tensor:
     """[P] float64: change of alpha by one proximal step.
 
     Args:
-        alpha, gradient: [P] float64. l1: the price; beta: the variation's weight beside it.
+        alpha, gradient: [P] float64. l1: the price, one or [P], alike within a chain; beta: the variation's weight
+            beside it.
         chains: indices of neighbours in their order (`chains_of`), for depth and heads.
     """
     if form in ("temporal", "temporal_l2"):
         return proximal_step(gradient, rate=rate, l1=l1, beta=beta, form=form)
     wanted = alpha - rate * (gradient + l1)
-    out = wanted.clone()
+    out, prices = wanted.clone(), torch.as_tensor(l1, dtype=torch.float64).expand(len(alpha))
     for chain in chains:
-        out[chain] = smoothed(wanted[chain], rate * l1 * beta)
+        out[chain] = smoothed(wanted[chain], rate * float(prices[chain[0]]) * beta)
     return out - alpha
 
 
-def proximal_step(gradient: Tensor, *, rate: float, l1: float, beta: float, form: str) -> Tensor:
+def proximal_step(gradient: Tensor, *, rate: float, l1: float | Tensor, beta: float, form: str) -> Tensor:
     """Change of alpha: l1 price and total variation over time as one proximal step (methods.md H4).
 
     temporal: soft(-rate (g + l1), rate l1 beta), nothing moves unless |g + l1| > l1 beta. temporal_l2: the squared
@@ -46,7 +54,8 @@ def proximal_step(gradient: Tensor, *, rate: float, l1: float, beta: float, form
     wanted = -rate * (gradient + l1)
     if form == "temporal_l2":
         return wanted / (1.0 + rate * l1 * beta)
-    return torch.sign(wanted) * (wanted.abs() - rate * l1 * beta).clamp_min(0.0)
+    kept: Tensor = (wanted.abs() - rate * l1 * beta).clamp_min(0.0)
+    return torch.sign(wanted) * kept
 
 
 def smoothed(values: Tensor, weight: float) -> Tensor:

@@ -1,5 +1,6 @@
 """PaliGemma-2 from config to adapter: equal bits on one and two processes, ZeRO-0 and ZeRO-3 with offload, resumed."""
 
+import re
 import shutil
 
 import pytest
@@ -30,14 +31,10 @@ def start(tmp_path_factory):
     write_rows(folder, "train", 24)
     write_rows(folder, "dev", 8, seed=1)
 
-    def run(name, count, *overrides):
-        config = write_run(
-            folder,
-            name,
-            task="image_text_to_text",
-            targets={"vision": {"r": 3}, "projector": {"full": True}},
-            save_steps=CUT,
-        )
+    def run(name, count, *overrides, **settings):
+        targets = {"vision": {"r": 3}, "projector": {"full": True}}
+        settings = {"task": "image_text_to_text", "targets": targets, "save_steps": CUT} | settings
+        config = write_run(folder, name, **settings)
         arguments = ["-m", "ardtrain", "train", str(config), *overrides]
         environment = {"ARDTRAIN_CACHE": str(folder / "cache")}
         ended = run_processes(count, arguments, folder=folder, timeout=500, environment=environment)
@@ -55,7 +52,9 @@ def alone(start):
 def test_run_moves_ranks_and_its_adapter_is_read_back(alone):
     run, said = alone
     assert "PEFT's logits" in said
-    assert "total rank by tower: vision 36, language 112" in said
+    counts = r"vision rank \d+ and [\d,]+ numbers, language rank \d+ and [\d,]+ numbers, projector 1,056 numbers"
+    first, last = re.findall(rf"by tower: {counts}", said)  # in the summary, and at the end
+    assert first.startswith("by tower: vision rank 36 and 2,724 numbers, language rank 112 and") and last != first
     events = lines(run / "ranks.jsonl")
     assert len(events) > 3
     assert {sum(event["towers"].values()) for event in events} == {148}
@@ -91,6 +90,39 @@ def test_resumed_on_two_processes_under_zero3_with_offload(start, alone):
         "gradient_checkpointing=true",
     )
     assert fingerprint(run) == fingerprint(alone[0])
+
+
+METHODS = {
+    "elalora": {},
+    "adalora": {"elalora": None, "adalora": {"target_r": 2, "tinit": 2, "tfinal": 4, "deltaT": 2}},
+    "alora": {"elalora": None, "alora": {"k1_steps": 3, "k2_steps": 3, "val_batch": 4, "n_a": 3}},
+    "ard_lora": {
+        "elalora": None, "r": 2,
+        "ard_lora": {"init_warmup": 2, "final_warmup": 4, "alpha_interval": 1, "resize_interval": 2, "lr_alpha": 0.3},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
+def test_each_tower_keeps_its_budget_on_one_and_two_processes(start, method):
+    """Vision, projector and language with settings of their own; the second run under ZeRO-3 with offload."""
+    towers = {
+        "vision": {"r": 3, "target_modules": ["fc1", "fc2"]}, "projector": {"r": 4},
+        "language": {"exclude_modules": ["down_proj"]},
+    }  # fmt: skip
+    settings = {"method": method, "budget": "per_tower", "targets": towers, **METHODS[method]}
+    alone, said = start(f"{method}_alone", 1, **settings)
+    ranks = lines(alone / "ranks.jsonl")
+    first, last = ranks[0]["towers"], ranks[-1]["towers"]
+    share = {"adalora": 2 * 29 / 112}.get(method, 1.0)  # of 12 + 4 + 24 * 4 components
+    assert {t: n for t, n in last.items() if abs(n - share * first[t]) >= 1} == {} and set(first) == set(towers)
+    if method in ("elalora", "alora"):
+        assert all(line["towers"] == first for line in ranks)
+    assert len({line["digest"] for line in ranks}) > 1
+    assert re.search(r"vision rank \d+ and .*projector rank \d+ and .*language rank \d+ and", said)
+    together, _ = start(f"{method}_together", 2, "deepspeed=zero3_offload", **settings)
+    assert fingerprint(together) == fingerprint(alone)
 
 
 @pytest.mark.full

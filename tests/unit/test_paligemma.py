@@ -8,7 +8,7 @@ import torch
 
 from ardtrain.backbones import ModelSource, load_image_processor, load_model, meta_model, never_run
 from ardtrain.config import ConfigError
-from ardtrain.preflight import check_model, image_reader, open_data, prepare, tokenizer_of
+from ardtrain.preflight import check_model, image_reader, make_method, open_data, prepare, tokenizer_of
 from ardtrain.rehearse import write_base
 from tests.runs import write_run
 from tests.tiny import backbone_config, elalora, tiny_trainer, weights_digest
@@ -93,6 +93,71 @@ def test_towers_can_be_frozen(config_of):
         config_of(targets={"audio": {"frozen": True}})
 
 
+def test_each_tower_has_its_modules(config_of):
+    """The base's order stays; what a tower leaves out follows the top level."""
+    settings = {
+        "target_modules": ["q_proj", "v_proj", "linear"], "exclude_modules": ["0.self_attn.q_proj"],
+        "targets": {
+            "vision": {"target_modules": r".*layers\.1\.mlp\.fc[12]", "r": 3},
+            "language": {"exclude_modules": ["v_proj", "layers.3.self_attn.q_proj"]},
+        },
+    }  # fmt: skip
+    sites = check_model(config_of(**settings)).table.sites
+    assert [s.module.removeprefix("model.") for s in sites] == [
+        "vision_tower.encoder.layers.1.mlp.fc1", "vision_tower.encoder.layers.1.mlp.fc2",
+        "multi_modal_projector.linear", *(f"language_model.layers.{i}.self_attn.q_proj" for i in range(3)),
+    ]  # fmt: skip
+    settings["targets"] = {"vision": {"target_modules": "all-linear"}}
+    assert sum(s.tower == "vision" for s in check_model(config_of(**settings)).table.sites) == 11
+    settings["targets"] = {"vision": {"target_modules": ["o_proj"]}}
+    message = "targets.vision: target_modules='o_proj' matches no linear layer of the model; did you mean 'out_proj'"
+    with pytest.raises(ConfigError, match=message):
+        config_of(**settings)
+    with pytest.raises(
+        ConfigError, match=r"targets\.vision.*target_modules stands beside frozen=true, which leaves no"
+    ):
+        config_of(targets={"vision": {"frozen": True, "target_modules": ["q_proj"]}})
+    with pytest.raises(ConfigError, match=r"exclude_modules is empty"):
+        config_of(targets={"vision": {"exclude_modules": []}})
+
+
+METHOD_BLOCKS = {
+    "elalora": {},
+    "adalora": {"elalora": None, "adalora": {"target_r": 2, "tinit": 2, "tfinal": 4}},
+    "alora": {"elalora": None, "alora": {"val_batch": 4}},
+    "ard_lora": {"elalora": None},
+}
+
+
+@pytest.mark.parametrize("method", METHOD_BLOCKS)
+def test_budget_of_each_tower_reaches_the_method(config_of, method):
+    config = config_of(method=method, budget="per_tower", **METHOD_BLOCKS[method])
+    assert make_method(config, check_model(config), total_steps=16).settings.per_tower
+    shared = config_of(method=method, **METHOD_BLOCKS[method])
+    assert not make_method(shared, check_model(shared), total_steps=16).settings.per_tower
+
+
+def test_budget_of_each_tower_is_refused_or_told_where_there_is_none(config_of, folder):
+    with pytest.raises(ConfigError, match=r"ard_lora.budget=false stands beside budget=per_tower, which divides a"):
+        config_of(method="ard_lora", elalora=None, ard_lora={"budget": False}, budget="per_tower")
+    with pytest.raises(ConfigError, match=r"alora.shortlist=0.5 picks .* over all towers and stands beside"):
+        config_of(method="alora", elalora=None, alora={"val_batch": 4, "shortlist": 0.5}, budget="per_tower")
+    for settings, why in (
+        ({"method": "lora", "elalora": None}, "lora moves no rank"),
+        ({"target_modules": ["o_proj"]}, "the adapters sit in one tower"),
+    ):
+        path = write_run(folder, task="image_text_to_text", budget="per_tower", **settings)
+        assert f"budget=per_tower has no effect: {why}" in prepare(path, [], world_size=1).notes
+
+
+def test_what_each_tower_holds_is_told(config_of):
+    shape = check_model(config_of(r=4, target_modules=["q_proj", "linear"], targets={"projector": {"full": True}}))
+    assert (
+        shape.by_tower == "vision rank 8 and 520 numbers, language rank 16 and 1,040 numbers, projector 1,056 numbers"
+    )
+    assert check_model(config_of(target_modules=["o_proj"])).by_tower == ""
+
+
 def test_projector_can_be_trained_in_full(config_of):
     shape = check_model(config_of(targets={"projector": {"full": True}}))
     assert list(towers(shape.table)) == ["vision", "language"]
@@ -100,7 +165,10 @@ def test_projector_can_be_trained_in_full(config_of):
     assert [(d.module, d.part, d.rows, d.columns) for d in shape.dense] == [
         (linear, "weight", 32, 32), (linear, "bias", 1, 32),
     ]  # fmt: skip
-    message = "targets.vision.full=true: 24 of the tower's .* tensors are no linear layer's, e.g. model.vision_tower"
+    message = (
+        r"targets.vision.full=true: 24 of the tower's .* tensors are no linear layer's, e.g. model.vision_tower.*, and "
+        r"its [\d,]+ numbers would be 0.000\d+ GiB of masters, moments and gradient on every process; use an adapter"
+    )
     with pytest.raises(ConfigError, match=message):
         config_of(targets={"vision": {"full": True}})
     with pytest.raises(ConfigError, match=r"targets\.audio\.full=true: the model has no such tower; use an adapter"):
