@@ -307,7 +307,9 @@ class AdapterRun(Session):
             )
         picture = self.run_dir / "ranks.png"
         if self.world.is_main:
-            from ardtrain.report import draw_ranks  # matplotlib: 0.3 s that no other process and no start needs
+            from ardtrain.report.pictures import (
+                draw_ranks,
+            )  # matplotlib: 0.3 s that no other process and no start needs
 
             draw_ranks(self.run_dir / "ranks.jsonl", picture)
         check = "base too large to run through PEFT" if difference is None else f"PEFT's logits: {difference:.1e} off"

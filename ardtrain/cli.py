@@ -19,7 +19,10 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
        ardtrain doctor [--hosts H] [CONFIG]  check this machine, or several hosts together
        ardtrain status RUN_DIR ... [--json]  what a run is doing, from its files; of several a line each
        ardtrain stop RUN_DIR [--wait [S]]    save and stop at the end of the step; --wait until it has (at most S s)
-       ardtrain ranks RUN_DIR [OUT.png]      draw the ranks of a run
+       ardtrain report RUN_DIR ... [--out FILE.html] [--watch [S]] [--figures FOLDER]
+                                             one HTML file with all that a run shows; of several side by side
+       ardtrain ranks RUN_DIR [OUT.png] [--heads KIND]
+                                             the ranks by layer and matrix as text, or as a picture
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "status": _status,
         "stop": _stop,
         "ranks": _ranks,
+        "report": _report,
         "compare": _compare,
     }
     verb = rest.pop(0) if rest and rest[0] in verbs else "train"
@@ -179,13 +183,13 @@ def _compare(arguments: list[str]) -> int:
     return compare(suite, overrides)
 
 
+def _report(arguments: list[str]) -> int:
+    from ardtrain.report.command import report
+
+    return report(arguments)
+
+
 def _ranks(arguments: list[str]) -> int:
-    from pathlib import Path
+    from ardtrain.report.terminal import ranks
 
-    from ardtrain.report import draw_ranks
-
-    run_dir, *rest = _one(arguments, "ranks", "run folder")
-    out = Path(rest[0]) if rest else Path(run_dir) / "ranks.png"
-    draw_ranks(Path(run_dir) / "ranks.jsonl", out)
-    print(out)
-    return 0
+    return ranks(_one(arguments, "ranks", "run folder"))

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: progress bar, `metrics.jsonl`, `ranks.jsonl`, one log file a process, a clock.
+"""What a run tells while it goes: its progress, `metrics.jsonl`, `ranks.jsonl`, one log file a process, a clock.
 
 Tools read these files, not processes, so a line is whole or absent: each is one write of one system call, and a
 resume cuts off the lines beyond its checkpoint (they go to `*.discarded.jsonl`), so that a run cut and resumed leaves
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from ardtrain.faults import replace_file
+from ardtrain.progress import Progress, say
 
 RECORDS = ("metrics.jsonl", "ranks.jsonl")
 
@@ -55,21 +56,19 @@ class RunLog:
             num_steps: optimizer steps of the whole run, the bar's end.
             first_step: steps done already (the step of the checkpoint resumed from; 0 for a new run).
             resumed: from a checkpoint, which may be one before the first step: its records stay.
-            show_bar: False writes the records only.
+            show_bar: False writes the records only; True: a bar on a terminal, else a line now and then.
             trackers: starts what gets the metrics as well; on the main process alone.
         """
         self._is_main = is_main
         self._lost: dict[Path, int] = {}  # lines in a row that the disk did not take
-        self._bar: Any = None
+        self._progress: Progress | None = None
         self._tracker: Tracker | None = None
         if not is_main:
             return
         self._metrics_path, self._ranks_path = (Path(run_dir) / name for name in RECORDS)
         cut_back(run_dir, first_step if resumed or first_step > 0 else -1)
         self._tracker = None if trackers is None else trackers()
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not show_bar, mininterval=0.5
-        )
+        self._progress = Progress(num_steps=num_steps, first_step=first_step) if show_bar else None
 
     def __enter__(self) -> "RunLog":
         return self
@@ -83,6 +82,8 @@ class RunLog:
         """Append one line to `metrics.jsonl`. Numbers keep all their digits; nan and infinity become null."""
         if self._is_main:
             self._append(self._metrics_path, {"step": step, **record})
+            if self._progress is not None and "eval_loss" in record:
+                self._progress.held_out(record["eval_loss"])
             if self._tracker is not None:
                 self._tracker.metrics(step, _plain(record))
 
@@ -90,6 +91,8 @@ class RunLog:
         """Append one line to `ranks.jsonl`: line 0 holds the full table, each later one an event's changes."""
         if self._is_main:
             self._append(self._ranks_path, {"step": step, **record})
+            if self._progress is not None and record.get("changes"):
+                self._progress.event(record["changes"])
 
     def _append(self, path: Path, record: Mapping[str, Any]) -> None:
         """A full disk is said once, and what it cost when there is room again."""
@@ -102,28 +105,24 @@ class RunLog:
         if problem is None and lost:
             _logger.warning("%s: %d lines before step %s were lost", path, lost, record["step"])
 
-    def progress(self, step: int, *, loss: float, learning_rate: float, total_rank: int) -> None:
-        """Move the bar to `step`. The numbers must be on the host already."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {learning_rate:.2e}, total rank {total_rank}", refresh=False
-            )
-            self._bar.update(step - self._bar.n)
+    def progress(self, step: int, *, loss: float, num_tokens: int, total_rank: int | None) -> None:
+        """Tell who watches that `step` is done. The numbers must be on the host already."""
+        if self._progress is not None:
+            self._progress.step(step, loss=loss, num_tokens=num_tokens, total_rank=total_rank)
 
     def say(self, text: str) -> None:
         """Print a line for the user to stdout, above the bar."""
         if self._is_main:
-            with contextlib.suppress(OSError):  # a broken pipe ends no run
-                tqdm.write(text)
+            say(text)
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the bar as it stands; the records need no closing, trackers do."""
         if self._tracker is not None:
             self._tracker.close(failed=failed)
             self._tracker = None
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
 
 
 class ReadingBar:

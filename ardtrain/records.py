@@ -15,6 +15,7 @@ from ardtrain.config import RunConfig
 from ardtrain.evaluation import HeldOut
 from ardtrain.observe import RunLog
 from ardtrain.ranks import RankTable
+from ardtrain.run_info import peaks
 from ardtrain.trainer import Event, StepResult, Trainer
 
 _logger = logging.getLogger(__name__)
@@ -43,12 +44,14 @@ class Records:
         done, clock = result.step + 1, self._trainer.clock
         clock.count_tokens(result.num_tokens)
         arena = self._trainer.arena
-        total_rank = 0 if arena is None else arena.table.total  # method full has none
-        self._log.progress(done, loss=result.loss, learning_rate=result.lr, total_rank=total_rank)
+        total_rank = None if arena is None else arena.table.total  # method full has none
+        self._log.progress(done, loss=result.loss, num_tokens=result.num_tokens, total_rank=total_rank)
         last = done == self._trainer.settings.total_steps
         if done % self._config.logging_steps == 0 or result.void or last:
             shares = {f"{name}_fraction": clock.fraction(name) for name in ("allocator", "resize")}
-            self._log.metrics(done, _numbers(result) | clock.report() | shares)
+            host, device = peaks(self._trainer.world.device)  # of process 0
+            memory = {"host_memory_peak_bytes": host} | ({"device_memory_peak_bytes": device} if device else {})
+            self._log.metrics(done, _numbers(result) | clock.report() | shares | memory)
 
     def evaluation(self, step: int, held_out: HeldOut) -> None:
         """Records a held-out loss and says it."""

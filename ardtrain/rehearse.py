@@ -34,6 +34,7 @@ from ardtrain.methods.base import Method
 from ardtrain.observe import Startup
 from ardtrain.preflight import Prepared
 from ardtrain.ranks import RankPlan, RankTable, named_seed, prune_and_grow
+from ardtrain.run_info import peaks, reset_peaks
 from ardtrain.session import Surroundings
 from ardtrain.trainer import StepResult
 
@@ -249,23 +250,6 @@ class Parts:
         if self.world.is_main:
             with contextlib.suppress(OSError):
                 tqdm.write(text)
-
-
-def reset_peaks(device: torch.device) -> None:
-    """Begins the peaks anew; the host's only where Linux lets a process do so (else it counts from its start)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peaks(device: torch.device) -> list[int]:
-    """[host, device] most bytes since `reset_peaks`: resident memory of this process, allocations on the device."""
-    host = 0
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        host = next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
-    return [host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0]
 
 
 # ---- the run ----

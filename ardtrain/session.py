@@ -37,6 +37,7 @@ from ardtrain.packing import check_packing
 from ardtrain.preflight import Prepared
 from ardtrain.quantized import Packing
 from ardtrain.records import Records
+from ardtrain.run_info import write_run_info
 from ardtrain.trackers import Trackers
 from ardtrain.trainer import Hooks, LoopSettings, LoopState, StepResult, Trainer
 
@@ -265,6 +266,17 @@ class Session(ABC):
             + f"\nprocesses: {self.world.world_size} on {self.world.device.type}, base ZeRO-{plan.backbone_stage}, "
             f"compute {plan.compute_dtype}"
         )
+        if self.world.is_main:
+            shape = self.prepared.shape
+            write_run_info(
+                self.run_dir,
+                step=self.trainer.state.step,
+                sites=shape.table.sites,
+                num_trained=shape.num_trained,
+                num_base=shape.num_base,
+                world_size=self.world.world_size,
+                device=self.world.device,
+            )
         if self.resumed is not None:
             self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")
             for change in self.resumed.changes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ardtrain.config import ConfigError
 from ardtrain.faults import host_name, read_status
+from ardtrain.progress import duration
 
 WAIT_SECONDS = 1800.0  # of `stop --wait`
 POLL_SECONDS = 0.5
@@ -328,7 +329,7 @@ def one_line(view: RunView) -> str:
     if view.eval_loss is not None:
         parts.append(f"held-out {view.eval_loss:.4f}")
     if view.alive and view.seconds_left is not None:
-        parts.append(f"{_duration(view.seconds_left)} left")
+        parts.append(f"{duration(view.seconds_left)} left")
     return ", ".join(parts)
 
 
@@ -346,7 +347,7 @@ def full_text(view: RunView) -> str:
     if view.seconds_per_step is not None:
         speed.append(f"{view.seconds_per_step:.3g} s/step")
     if view.alive and view.seconds_left is not None:
-        speed.append(f"about {_duration(view.seconds_left)} left")
+        speed.append(f"about {duration(view.seconds_left)} left")
     if speed:
         lines.append(("speed", ", ".join(speed)))
     lines.append(("checkpoint", _checkpoint_text(view)))
@@ -363,7 +364,7 @@ def full_text(view: RunView) -> str:
         job = "" if view.job_id is None else f", job {view.job_id}"
         count = f"{view.world_size} process{'' if view.world_size == 1 else 'es'}"
         lines.append(("where", f"{count}, the first on {view.host} (pid {view.pid}), launcher {view.launcher}{job}"))
-    lines.append(("last written", f"{_time(view.written)} ({_duration(time.time() - view.written)} ago)"))
+    lines.append(("last written", f"{_time(view.written)} ({duration(time.time() - view.written)} ago)"))
     return "\n".join(f"{name + ':':<15}{text}" for name, text in lines)
 
 
@@ -376,9 +377,3 @@ def _checkpoint_text(view: RunView) -> str:
 
 def _time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

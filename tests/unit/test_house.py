@@ -26,7 +26,7 @@ MAY_IMPORT_ONLY = {
     "resize": {"arena", "engines", "collectives", "ranks", "methods.base"},  # of the methods the protocol alone
     "environment": set(),
     "faults": set(),
-    "report": set(),
+    "report": {"report", "config", "faults", "watch"},
 }
 # Module -> modules of ours it must not import.
 MUST_NOT_IMPORT = {
@@ -192,7 +192,7 @@ def test_no_module_is_a_drawer():
 
 def test_cli_and_config_start_without_torch():
     """The command line and the config check answer at once; torch takes seconds to import."""
-    for module in ("cli", "config", "environment", "faults", "observe"):
+    for module in ("cli", "config", "environment", "faults", "observe", "report"):
         if module in MODULES:
             code = f"import sys, ardtrain.{module}; sys.exit('torch' in sys.modules)"
             assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0, module
@@ -204,7 +204,22 @@ def text_files():
     listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    suffixes = {".py", ".md", ".toml", ".txt", ".sh", ".yaml", ".yml", ".json", ".j2", ".cfg", ""}
+    suffixes = {
+        ".py",
+        ".md",
+        ".toml",
+        ".txt",
+        ".sh",
+        ".yaml",
+        ".yml",
+        ".json",
+        ".j2",
+        ".html",
+        ".css",
+        ".js",
+        ".cfg",
+        "",
+    }
     paths = [REPOSITORY / line for line in listed.stdout.splitlines()]
     return [p for p in paths if p.is_file() and p.suffix in suffixes and "goldens" not in p.parts]
 

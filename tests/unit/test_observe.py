@@ -2,6 +2,7 @@ import errno
 import json
 import logging
 import os
+import re
 from io import FileIO
 from pathlib import Path
 
@@ -31,20 +32,26 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     with RunLog(tmp_path, is_main=False, num_steps=2) as log:
         log.metrics(1, {"loss": 1.0})
         log.ranks(1, {})
-        log.progress(1, loss=1.0, learning_rate=1e-3, total_rank=8)
+        log.progress(1, loss=1.0, num_tokens=5, total_rank=8)
         log.say("hello")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
 
-def test_bar_shows_loss_rate_and_rank(tmp_path, capsys):
+def test_what_is_recorded_is_told(tmp_path, capsys):
+    """Without a terminal as plain lines; held-out loss and moved ranks come from the records."""
     with RunLog(tmp_path, is_main=True, num_steps=4, first_step=2) as log:
-        log.progress(4, loss=2.34567, learning_rate=2e-4, total_rank=112)
+        log.metrics(3, {"eval_loss": 2.5})
+        log.ranks(3, {"event": 1, "changes": [{"site": "layers.0.q_proj", "before": 4, "after": 6}]})
+        log.progress(4, loss=2.34567, num_tokens=100, total_rank=112)
         log.say("a line")
     out, err = capsys.readouterr()
-    assert out == "a line\n"
-    assert "4/4" in err
-    assert "loss 2.3457, lr 2.00e-04, total rank 112" in err
+    first, second = out.splitlines()
+    assert re.fullmatch(
+        r"step 4 of 4: loss 2\.3457, held-out 2\.5000, [\d,]+ tokens/s, rank 112, moved \+2 0\.q_proj, about 0:00 left",
+        first,
+    )
+    assert second == "a line" and err == ""
 
 
 def test_resumed_run_leaves_the_records_of_an_uninterrupted_one(tmp_path):

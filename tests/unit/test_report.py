@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from ardtrain.report import draw_ranks, read_ranks
+from ardtrain.report.history import read_ranks
+from ardtrain.report.pictures import draw_ranks
 
 KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip

@@ -1,9 +1,6 @@
 """Pictures from a run folder's files; starts no engine, needs no display."""
 
-import json
 import os
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,49 +10,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ardtrain.report.history import RankHistory, grid, place_of, read_ranks
+
 _NUM_LINES = 8  # sites drawn over the events; more cannot be told apart
 _MAX_LABELLED_CELLS = 500  # beyond, numbers in cells are too small to read
-
-
-@dataclass(frozen=True)
-class RankHistory:
-    """Rank of every matrix after every event; the heads of a matrix are summed."""
-
-    matrices: list[str]  # module paths in the order of line 0
-    steps: list[int]  # [E] optimizer step of each event, the start first
-    ranks: np.ndarray  # [E, M] int64
-
-
-def read_ranks(path: str | os.PathLike[str]) -> RankHistory:
-    """The history in a `ranks.jsonl`; a last line torn by a crash is left out.
-
-    Raises:
-        ValueError: the file is empty, line 0 holds no table, or a change names a site that the table lacks or a
-            rank before it that is not the one reached.
-    """
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    if not records or "table" not in records[0]:
-        raise ValueError(f"{path}: line 1 must hold the rank table of the start; this is no ranks.jsonl of a run")
-    site_ranks: dict[str, int] = dict(records[0]["table"])
-    matrices = list(dict.fromkeys(_matrix(site) for site in site_ranks))
-    steps, ranks = [], []
-    for number, record in enumerate(records, start=1):
-        for change in record.get("changes", []):
-            site = change["site"]
-            if site_ranks.get(site) != change["before"]:
-                raise ValueError(
-                    f"{path}:{number}: {site} has rank {change['before']} before the event, but the lines above "
-                    f"leave it at {site_ranks.get(site)}; a line is missing"
-                )
-            site_ranks[site] = change["after"]
-        totals: Counter[str] = Counter()
-        for site, rank in site_ranks.items():
-            totals[_matrix(site)] += rank
-        steps.append(int(record["step"]))
-        ranks.append([totals[matrix] for matrix in matrices])
-    return RankHistory(matrices, steps, np.array(ranks, dtype=np.int64))
 
 
 def draw_ranks(ranks_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> Path:
@@ -67,8 +25,13 @@ def draw_ranks(ranks_path: str | os.PathLike[str], png_path: str | os.PathLike[s
     Returns:
         `png_path`.
     """
-    history = read_ranks(ranks_path)
-    rows, columns, cell = _grid(history.matrices)
+    ranks_figure(read_ranks(ranks_path)).savefig(png_path)
+    return Path(png_path)
+
+
+def ranks_figure(history: RankHistory) -> Figure:
+    """Final ranks by layer and module, and the matrices that moved most over the steps."""
+    rows, columns, cell = grid(history.matrices)
     labelled = len(rows) * len(columns) <= _MAX_LABELLED_CELLS
     width = min(max(9.0, 3.0 + (0.4 if labelled else 0.18) * len(columns)), 26.0)
     heights = (min(max(1.6, 0.38 * len(rows)), 12.0), 3.2)
@@ -84,40 +47,7 @@ def draw_ranks(ranks_path: str | os.PathLike[str], png_path: str | os.PathLike[s
     map_axes, line_axes = figure.subplots(2, 1, height_ratios=heights)
     _draw_map(map_axes, history, rows, columns, cell, labelled=labelled)
     _draw_lines(line_axes, history)
-    figure.savefig(png_path)
-    return Path(png_path)
-
-
-def _matrix(site: str) -> str:
-    """`layers.0.q_proj:head.5` belongs to the matrix `layers.0.q_proj`."""
-    return site.partition(":")[0]
-
-
-def _place(matrix: str) -> tuple[str, int | None, str]:
-    """(path before the layer number, layer number, path after it); a matrix outside the layers has no number."""
-    parts = matrix.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return "", None, matrix
-    return ".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])
-
-
-def _grid(matrices: list[str]) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Row labels (module kinds), column labels (layers), and each matrix's (row, column)."""
-    places = [_place(matrix) for matrix in matrices]
-    stacks = {stack for stack, layer, _ in places if layer is not None}
-    layers = sorted({layer for _, layer, _ in places if layer is not None})
-    columns = [str(layer) for layer in layers]
-    if any(layer is None for _, layer, _ in places):
-        columns.append("none")
-    # With several towers the path before the layer number tells their rows apart.
-    labels = [f"{stack}: {kind}" if stack and len(stacks) > 1 else kind for stack, _, kind in places]
-    rows = list(dict.fromkeys(labels))
-    cell = [
-        (rows.index(label), columns.index("none" if layer is None else str(layer)))
-        for label, (_, layer, _) in zip(labels, places, strict=True)
-    ]
-    return rows, columns, cell
+    return figure
 
 
 def _draw_map(
@@ -187,7 +117,7 @@ def _draw_lines(axes: Axes, history: RankHistory) -> None:
 
 
 def _label(matrix: str) -> str:
-    stack, layer, kind = _place(matrix)
+    stack, layer, kind = place_of(matrix)
     if layer is None:
         return matrix
     tower = stack.split(".")[0] if "vision" in stack else ""
