@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +19,6 @@ from ardtrain.adapters import (
     AdapterLinear,
     DenseModule,
     DoraLinear,
-    Form,
     attach,
     attach_dense,
     bind_arena,
@@ -26,7 +26,8 @@ from ardtrain.adapters import (
 )
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, enable_checkpointing, tower_text
-from ardtrain.config import AloraBlock, ArdLoraBlock, adapter_settings
+from ardtrain.cards import Described, write_card
+from ardtrain.config import AloraBlock, adapter_settings
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import image_inputs, loss_sum
 from ardtrain.faults import StopCode
@@ -126,13 +127,8 @@ class AdapterRun(Session):
             enable_checkpointing(model, offload=config.activation_offload, device=self.world.device)
         sites = shape.table.sites
         dropout = {s.tower: adapter_settings(config, s.tower).lora_dropout for s in sites}
-        form: Form = "plain"
-        if config.method == "dora":
-            form = "dora"
-        elif config.method == "ard_lora":
-            form = (config.ard_lora or ArdLoraBlock()).layout
         self.adapters: dict[str, AdapterLinear | DenseModule] = {
-            **attach(model, sites, dropout=dropout, form=form, heads=shape.heads)
+            **attach(model, sites, dropout=dropout, form=preflight.adapter_form(config), heads=shape.heads)
         }
         in_full = list(preflight.in_full(config, model))
         if opened.weights is not None:
@@ -307,9 +303,8 @@ class AdapterRun(Session):
             )
         picture = self.run_dir / "ranks.png"
         if self.world.is_main:
-            from ardtrain.report.pictures import (
-                draw_ranks,
-            )  # matplotlib: 0.3 s that no other process and no start needs
+            # matplotlib: 0.3 s that no other process and no start needs
+            from ardtrain.report.pictures import draw_ranks
 
             draw_ranks(self.run_dir / "ranks.jsonl", picture)
         check = "base too large to run through PEFT" if difference is None else f"PEFT's logits: {difference:.1e} off"
@@ -367,6 +362,29 @@ class AdapterRun(Session):
                     f"the exported adapter gives logits {difference:.2e} away from training's (limit {limit:.2e}); it "
                     f"was left in {building} and not published"
                 )
+        self._write_card(building, difference)
         checkpoint.remove_folder(final)
         building.rename(final)
         return difference
+
+    def _write_card(self, folder: Path, difference: float | None) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        for note in export.serving_notes(config):
+            logger.info("adapter: %s", note)
+        check = "logits were not compared: the base is too large to run through PEFT here"
+        if difference is not None:
+            dtype = self.prepared.plan.compute_dtype
+            check = f"read back with PEFT: largest logit difference to training's {difference:.1e} ({dtype})"
+        write_card(
+            folder,
+            Described(
+                "adapter",
+                self.config,
+                self.run_dir,
+                self.trainer.state.step,
+                export.module_ranks(self.arena.layout),
+                self.identity.versions,
+                [check],
+                self.prepared.shape.labels,
+            ),
+        )

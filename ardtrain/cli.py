@@ -23,6 +23,8 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
                                              one HTML file with all that a run shows; of several side by side
        ardtrain ranks RUN_DIR [OUT.png] [--heads KIND]
                                              the ranks by layer and matrix as text, or as a picture
+       ardtrain export RUN|CHECKPOINT --to peft [--out DIR] [--uniform-rank] [--push-to-hub REPO]
+                                             the adapter as a PEFT folder, read back with PEFT and compared
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stop": _stop,
         "ranks": _ranks,
         "report": _report,
+        "export": _export,
         "compare": _compare,
     }
     verb = rest.pop(0) if rest and rest[0] in verbs else "train"
@@ -173,6 +176,13 @@ def _stop(arguments: list[str]) -> int:
     from ardtrain.watch import stop
 
     return stop(_one(arguments, "stop", "run folder"))
+
+
+def _export(arguments: list[str]) -> int:
+    _name_the_accelerator()
+    from ardtrain.exporting import export_command
+
+    return export_command(arguments)
 
 
 def _compare(arguments: list[str]) -> int:

@@ -3,6 +3,9 @@
 The scale (and the diagonal) is folded into B, `r` is the largest rank and `lora_alpha = r`, so alpha / r = 1; with
 uneven ranks `rank_pattern` and `alpha_pattern` both name each module's own rank: whatever a reader does, it multiplies
 by one. Sites of rank 0 are not in it. architecture.md 6.
+
+Where all ranks and scales are equal and the form is plain, nothing is folded: lora_alpha / r is the scale, and a PEFT
+adapter that a run started from keeps its bytes.
 """
 
 from __future__ import annotations
@@ -26,8 +29,38 @@ PEFT_PREFIX = "base_model.model."
 LOGIT_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2, "fp16": 1e-2}
 
 
+# vllm 0.30, config/lora.py: what --max-lora-rank may be, and what it is if nobody says.
+SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+SERVER_DEFAULT_RANK = 16
+
+
+def module_ranks(layout: ArenaLayout) -> dict[str, int]:
+    """Module -> rank of its exported pair, over all its heads; those of rank 0 are not in it."""
+    return {module: sum(own) for module, own in layout.site_ranks.items() if sum(own)}
+
+
+def common_scale(layout: ArenaLayout) -> float | None:
+    """The scale of all components where it can stay outside B as lora_alpha / r; None: it is folded into B.
+
+    Ranks are even, no head has a pair of its own, nothing has a diagonal, and r times the scale, a number of
+    adapter_config.json, gives the scale back to the bit.
+    """
+    sites, ranks = layout.table.sites, set(module_ranks(layout).values())
+    scales = {site.scaling for site in sites}
+    plain = all(block.part in ("lora_A", "lora_B") for block in layout.blocks)
+    if not plain or len(ranks) != 1 or len(scales) != 1 or any(site.head is not None for site in sites):
+        return None
+    (rank,), (scale,) = ranks, scales
+    return scale if rank * scale / rank == scale else None
+
+
 def peft_tensors(
-    master: Tensor, layout: ArenaLayout, *, heads: Mapping[str, Heads] | None = None, gates: Tensor | None = None
+    master: Tensor,
+    layout: ArenaLayout,
+    *,
+    heads: Mapping[str, Heads] | None = None,
+    gates: Tensor | None = None,
+    uniform_rank: bool = False,
 ) -> dict[str, Tensor]:
     """PEFT's names -> `lora_A.weight` [r, I] and `lora_B.weight` [O, r] with scale, diagonal and gates folded in.
 
@@ -36,21 +69,31 @@ def peft_tensors(
 
     Args:
         heads: of the matrices that are cut by head. gates: as the method gives them (base.Method.gates).
+        uniform_rank: zeros behind each pair up to the largest rank, and pairs of zeros for modules of rank 0 (none with
+            DoRA, where such a module has no magnitude).
     """
     out: dict[str, Tensor] = {}
     taken = 0
+    own_ranks, scale = module_ranks(layout), common_scale(layout)
+    magnitudes = {entry.module for entry in layout.dense if entry.part == "magnitude"}
+    largest = max(own_ranks.values(), default=0)
     for module, (a, b, middle, width) in _matrices(master, layout, heads or {}).items():
         if gates is not None and len(a):
             own = gates[taken : taken + len(a) * width].view(len(a), width).to(master)
             taken += len(a) * width
             a, b = _gated(a, b, own, (heads or {}).get(module))
+        if scale is None:
+            b = b * middle
+        if uniform_rank and (len(a) or module not in magnitudes):
+            a, b = (torch.cat([rows, rows.new_zeros(largest - len(rows), rows.shape[1])]) for rows in (a, b))
         if len(a):
             out[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.contiguous()
-            out[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (b * middle).T.contiguous()
+            out[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.T.contiguous()
     for block in layout.all_blocks[len(layout.blocks) :]:
         values = block.of(master).clone()
         if block.part == "magnitude":
-            out[f"{PEFT_PREFIX}{block.module}.lora_magnitude_vector"] = values.view(-1)
+            if own_ranks.get(block.module):  # a module of rank 0 is the base's, whatever its magnitude
+                out[f"{PEFT_PREFIX}{block.module}.lora_magnitude_vector"] = values.view(-1)
         elif block.part == TOKEN_ROWS:
             out[f"{PEFT_PREFIX}{block.module}.token_adapter.trainable_tokens_delta"] = values
         else:
@@ -104,12 +147,20 @@ def peft_config(
     lora_dropout: float,
     task_type: str = "CAUSAL_LM",
     token_ids: Sequence[int] = (),
+    uniform_rank: bool = False,
 ) -> dict[str, Any]:
-    """The content of adapter_config.json. token_ids: of the trained rows of the embedding, in their order."""
-    ranks = {module: sum(own) for module, own in layout.site_ranks.items() if sum(own)}
+    """The content of adapter_config.json.
+
+    token_ids: of the trained rows of the embedding, in their order. uniform_rank: as in `peft_tensors`.
+    """
+    ranks = module_ranks(layout)
     largest = max(ranks.values(), default=1)
-    uneven = {module: r for module, r in ranks.items() if r != largest}
     parts = {(entry.module, entry.part) for entry in layout.dense}
+    if uniform_rank:
+        magnitudes = {module for module, part in parts if part == "magnitude"}
+        ranks = {module: largest for module in layout.site_ranks if module in ranks or module not in magnitudes}
+    uneven = {module: r for module, r in ranks.items() if r != largest}
+    alpha = largest * (common_scale(layout) or 1.0)
     dense = {module for module, part in parts if part not in ("magnitude", TOKEN_ROWS)}
     # PEFT adds the top-level `classifier` or `score` itself: a path below it would be wrapped twice.
     in_full = {module if module.startswith("model.") else module.partition(".")[0] for module in dense}
@@ -119,7 +170,7 @@ def peft_config(
         "base_model_name_or_path": base_model,
         "revision": revision,
         "r": largest,
-        "lora_alpha": largest,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": lora_dropout,
         "target_modules": list(ranks),
         "rank_pattern": uneven,
@@ -143,13 +194,14 @@ def write_peft(
     *,
     heads: Mapping[str, Heads] | None = None,
     gates: Tensor | None = None,
+    uniform_rank: bool = False,
 ) -> None:
-    """Writes the two files and reads them back: names, shapes and bits. heads, gates: as in `peft_tensors`.
+    """Writes the two files and reads them back: names, shapes and bits. Other arguments: as in `peft_tensors`.
 
     Raises:
         ValueError: no component is left. RuntimeError: the files read back other than written.
     """
-    tensors = peft_tensors(master, layout, heads=heads, gates=gates)
+    tensors = peft_tensors(master, layout, heads=heads, gates=gates, uniform_rank=uniform_rank)
     if not tensors:
         raise ValueError("every site has rank 0: there is no adapter to export")
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +213,31 @@ def write_peft(
     stored = load_file(weights)
     if stored.keys() != tensors.keys() or not all(torch.equal(stored[n], t) for n, t in tensors.items()):
         raise RuntimeError(f"{folder}: the adapter reads back other than written; is the disk full or failing?")
+
+
+def serving_notes(config: Mapping[str, Any]) -> list[str]:
+    """What a server makes of an adapter_config.json: a line on its largest rank, and lines on what is not loaded."""
+    largest = int(config["r"])
+    fitting = next((rank for rank in SERVER_RANKS if rank >= largest), None)
+    merge = "`ardtrain merge` makes a model of its own, which every server loads"
+    if largest <= SERVER_DEFAULT_RANK:
+        notes = [f"largest rank {largest}: vLLM's default --max-lora-rank {SERVER_DEFAULT_RANK} is enough"]
+    elif fitting is not None:
+        notes = [
+            f"largest rank {largest}: above vLLM's default --max-lora-rank {SERVER_DEFAULT_RANK}, so start it with "
+            f"--max-lora-rank {fitting}; where a server's limit is lower, {merge}"
+        ]
+    else:
+        notes = [f"largest rank {largest}: above every --max-lora-rank that vLLM takes ({SERVER_RANKS[-1]}); {merge}"]
+    kinds = {
+        "use_dora": "DoRA's magnitudes",
+        "modules_to_save": "modules that were trained in full",
+        "trainable_token_indices": "trained token rows",
+    }
+    held = [what for name, what in kinds.items() if config.get(name)]
+    if held:
+        notes.append(f"holds {' and '.join(held)}, which PEFT reads and vLLM 0.30 refuses; {merge}")
+    return notes
 
 
 def compare_with_peft(folder: Path, base: torch.nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> float:

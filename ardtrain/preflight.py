@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ardtrain.adapters import dense_entries, linear_modules
+from ardtrain.adapters import Form, dense_entries, linear_modules
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import (
     IMAGE_MODELS,
@@ -409,6 +409,13 @@ def make_method(config: RunConfig, shape: Shape, *, total_steps: int, steps_per_
     if config.method in MOVES_RANKS:
         settings["per_tower"] = config.budget == "per_tower"
     return build(config.method, settings, total_steps=total_steps, table=shape.table, shared_heads=shared)
+
+
+def adapter_form(config: RunConfig) -> Form:
+    """The form of the method's adapters."""
+    if config.method == "dora":
+        return "dora"
+    return (config.ard_lora or ArdLoraBlock()).layout if config.method == "ard_lora" else "plain"
 
 
 def schedule_text(config: RunConfig, train: TrainData) -> str:

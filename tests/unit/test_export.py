@@ -66,11 +66,17 @@ def test_a_reader_that_knows_no_patterns_reads_the_same_function(trained):
     assert (theirs - logits).abs().max() <= 1e-5 * max(1.0, logits.abs().max().item())
 
 
-def test_any_choice_of_alpha_and_rank_gives_a_scale_of_one(trained):
-    folder, layout, _, _ = trained
+def test_any_choice_of_alpha_and_rank_gives_one_scale(trained):
+    """1 where ranks are uneven or there is a diagonal; else lora_alpha / r is training's, and B keeps its bits."""
+    folder, layout, master, _ = trained
     config = json.loads((folder / "adapter_config.json").read_text())
     ranks = {s.module: r for s, r in zip(layout.table.sites, layout.table.ranks, strict=True) if r}
-    assert config["r"] == config["lora_alpha"] == max(ranks.values())
+    plain = set(ranks.values()) == {4} and layout.blocks[-1].part == "lora_B"
+    assert (config["r"], config["lora_alpha"]) == (max(ranks.values()), 6 if plain else max(ranks.values()))
+    stored = load_file(folder / "adapter_model.safetensors")
+    for index, site in enumerate(layout.table.sites if plain else ()):
+        own = layout.site_rows(master, index)["lora_B"].T.contiguous()
+        assert equal_bits(stored[f"{PEFT_PREFIX}{site.module}.lora_B.weight"], own)
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert {m: config["rank_pattern"].get(m, config["r"]) for m in ranks} == ranks
     assert config["target_modules"] == list(ranks)  # rank 0: not in it

@@ -1,0 +1,131 @@
+"""`ardtrain export`: a checkpoint's adapter as a PEFT folder that was read back with PEFT before it gets its name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ardtrain import checkpoint, export
+from ardtrain.backbones import DTYPES
+from ardtrain.cards import Described, write_card
+from ardtrain.config import ConfigError
+from ardtrain.publishing import check_hub, push
+from ardtrain.quantized import dequantize_modules
+from ardtrain.trained import Trained, available_bytes, bound_model, load_base, logits_of, open_trained, probe_inputs
+
+MEMORY_SHARE = 1.25  # of the base's bytes: it, one layer's workspace, and Python
+
+
+def export_command(arguments: list[str]) -> int:
+    """`ardtrain export ...`; returns the exit code. Raises ConfigError."""
+    options, overrides = _parser().parse_known_args(arguments)
+    if options.push_to_hub:
+        check_hub(options.push_to_hub)
+    trained = open_trained(options.run, overrides)
+    kind = "peft-uniform" if options.uniform_rank else "peft"
+    out = Path(options.out) if options.out else trained.run_dir / f"{kind}-{trained.step}"
+    lines = export_peft(trained, out, uniform_rank=options.uniform_rank, unchecked=options.unchecked)
+    print("\n".join(lines))
+    if options.push_to_hub:
+        print(push(out, options.push_to_hub, private=options.private, message=f"{out.name}, exported by ardtrain"))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ardtrain export",
+        description="Writes a checkpoint's adapter as a PEFT folder and compares PEFT's logits with training's.",
+        epilog="example: ardtrain export runs/one --to peft --out adapters/one; "
+        "`a.b=c` goes over the run's settings, e.g. model_name_or_path=NEW_PLACE",
+    )
+    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="of a run, its newest checkpoint")
+    parser.add_argument("--to", choices=["peft"], default="peft", help="the format")
+    parser.add_argument("--out", metavar="DIR", help="must not exist; default: RUN/peft-STEP")
+    parser.add_argument("--uniform-rank", action="store_true", help="zeros up to the largest rank in every matrix")
+    parser.add_argument("--unchecked", action="store_true", help="do not load the base and compare logits")
+    add_hub_arguments(parser)
+    return parser
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that merge has as well."""
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this model repository")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
+
+
+def export_peft(trained: Trained, out: Path, *, uniform_rank: bool = False, unchecked: bool = False) -> list[str]:
+    """The PEFT folder `out`, compared before it gets this name; returns what to tell.
+
+    Raises:
+        ConfigError: `out` exists, or the base does not fit into memory for the comparison (unchecked: not made).
+        RuntimeError: PEFT's logits differ; the folder keeps a name with a dot.
+    """
+    if out.exists():
+        raise ConfigError([f"--out {out} exists; name another folder, or remove it"])
+    if not unchecked:
+        _check_memory(trained)
+    building = out.with_name(f".{out.name}.tmp")
+    checkpoint.remove_folder(building)
+    try:
+        config = trained.write_adapter(building, uniform_rank=uniform_rank)
+    except ValueError as error:
+        raise ConfigError([f"{trained.path}: {error}"]) from error
+    check = "logits not compared (--unchecked)" if unchecked else _compare(trained, building)
+    ranks = export.module_ranks(trained.layout)
+    write_card(building, describe(trained, "adapter", ranks, [check]))
+    building.rename(out)
+    return [*_told(trained, config, ranks), check, f"adapter: {out}"]
+
+
+def describe(trained: Trained, kind: Any, ranks: Mapping[str, int], checks: list[str]) -> Described:
+    """What the card says."""
+    labels, versions = trained.shape.labels, trained.versions
+    return Described(kind, trained.config, trained.run_dir, trained.step, ranks, versions, checks, labels)
+
+
+def _told(trained: Trained, config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
+    lines = [f"{trained.path}: step {trained.step}, {len(ranks)} matrices, total rank {sum(ranks.values())}"]
+    heads = {module: own for module, own in trained.layout.site_ranks.items() if len(own) > 1 and any(own)}
+    if heads:
+        module = max(heads, key=lambda m: sum(heads[m]))
+        lines.append(
+            f"heads have pairs of their own: each matrix is block-diagonal with the sum of its heads' ranks, largest "
+            f"{sum(heads[module])} in {module} ({len(heads[module])} heads of at most {max(heads[module])})"
+        )
+    return [*lines, *export.serving_notes(config)]
+
+
+def _check_memory(trained: Trained) -> None:
+    need = int(trained.shape.num_base * DTYPES[trained.compute_dtype].itemsize * MEMORY_SHARE)
+    free = available_bytes()
+    if free is not None and need > free:
+        raise ConfigError(
+            [
+                f"{trained.path}: comparing logits loads the base, which needs about {need / 2**30:.1f} GiB of memory, "
+                f"and {free / 2**30:.1f} are free; export on a larger machine, or give --unchecked"
+            ]
+        )
+
+
+def _compare(trained: Trained, folder: Path) -> str:
+    """A line with the largest logit difference. Raises RuntimeError where it is too large."""
+    model = bound_model(trained)
+    inputs = probe_inputs(trained, model)
+    logits = logits_of(model, inputs)
+    del model  # before the base is loaded once more
+    base = load_base(trained)
+    dequantize_modules(base)  # the same numbers, in linears that PEFT knows
+    difference = export.compare_with_peft(folder, base, inputs, logits)
+    largest, dtype = float(logits.abs().max()), trained.compute_dtype
+    limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, largest)
+    if not difference <= limit:
+        raise RuntimeError(
+            f"PEFT's logits are {difference:.2e} away from training's (limit {limit:.2e}); the adapter was left in "
+            f"{folder} and has not got its name"
+        )
+    return (
+        f"read back with PEFT: largest logit difference to training's {difference:.1e} (logits up to {largest:.2f}, "
+        f"{dtype}, {logits.shape[1] if logits.dim() == 3 else 1} positions)"
+    )
