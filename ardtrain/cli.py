@@ -25,6 +25,8 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
                                              the ranks by layer and matrix as text, or as a picture
        ardtrain export RUN|CHECKPOINT --to peft [--out DIR] [--uniform-rank] [--push-to-hub REPO]
                                              the adapter as a PEFT folder, read back with PEFT and compared
+       ardtrain evaluate RUN|CHECKPOINT [--data FILE] [--metrics A,B] [--out DIR] [a.b=c ...]
+                                             held-out loss and metrics with intervals, on any number of processes
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report": _report,
         "export": _export,
         "compare": _compare,
+        "evaluate": _evaluate,
     }
     verb = rest.pop(0) if rest and rest[0] in verbs else "train"
     from ardtrain.config import ConfigError
@@ -197,6 +200,14 @@ def _report(arguments: list[str]) -> int:
     from ardtrain.report.command import report
 
     return report(arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    _one(arguments, "evaluate", "run folder")
+    _name_the_accelerator()
+    from ardtrain.evaluating import evaluate
+
+    return evaluate(arguments)
 
 
 def _ranks(arguments: list[str]) -> int:

@@ -83,6 +83,14 @@ def model_inputs(batch: Batch, *, device: torch.device) -> dict[str, Tensor]:
     return inputs | image_inputs(batch, device=device)
 
 
+def language_arguments(module: nn.Module, batch: Batch, *, device: torch.device) -> dict[str, Any]:
+    """All that a language model's forward takes for a grain's losses: no cache, and the documents of packed rows."""
+    arguments: dict[str, Any] = {**model_inputs(batch, device=device), "use_cache": False}
+    if batch.attention_mask is None:
+        arguments |= packed_arguments(module, arguments["position_ids"])
+    return arguments
+
+
 def token_loss_sum(
     module: nn.Module,
     batch: Batch,
@@ -95,9 +103,7 @@ def token_loss_sum(
     Args:
         logit_head: computes the logits at the targets alone, chunk by chunk; None: those of all tokens at once.
     """
-    arguments: dict[str, Any] = {**model_inputs(batch, device=device), "use_cache": False}
-    if batch.attention_mask is None:
-        arguments |= packed_arguments(module, arguments["position_ids"])
+    arguments = language_arguments(module, batch, device=device)
     if logit_head is not None:
         places, targets = batch.targets()
         return logit_head.loss_sum(module, arguments, places.to(device), targets.to(device))
@@ -235,15 +241,20 @@ def held_out_loss(
         world.add_integers(answers)
         metrics["exact_match"] = int(answers[0]) / int(answers[1])
     if num_classes:
-        rows = _gather_rows(predicted, result.tokens, world)
+        rows = gather_rows(predicted, result.tokens, world, columns=2)
         metrics = classification_metrics(rows[:, 0], rows[:, 1], num_classes=num_classes)
     return HeldOut(math.fsum(result.losses) / max(1, tokens), tokens, metrics)
 
 
-def _gather_rows(own: Mapping[int, Tensor], rows_of_grain: Sequence[int], world: World) -> npt.NDArray[np.int64]:
-    """[rows, 2] int64 of all grains in their order, each row written by one process. All processes must call this."""
+def gather_rows(
+    own: Mapping[int, Tensor], rows_of_grain: Sequence[int], world: World, *, columns: int
+) -> npt.NDArray[np.int64]:
+    """[rows, columns] int64 of all grains in their order, each row written by one process. All processes must call.
+
+    own: grain -> its rows [B, columns], of the grains that count for this process alone.
+    """
     starts = np.concatenate([[0], np.cumsum(rows_of_grain)])
-    rows = torch.zeros((int(starts[-1]), 2), dtype=torch.int64, device=world.device)
+    rows = torch.zeros((int(starts[-1]), columns), dtype=torch.int64, device=world.device)
     for grain, values in own.items():
         rows[starts[grain] : starts[grain + 1]] = values
     world.add_integers(rows)
@@ -252,18 +263,26 @@ def _gather_rows(own: Mapping[int, Tensor], rows_of_grain: Sequence[int], world:
 
 
 def classification_metrics(
-    labels: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64], *, num_classes: int
+    labels: npt.NDArray[np.int64],
+    predictions: npt.NDArray[np.int64],
+    *,
+    num_classes: int,
+    weights: npt.NDArray[np.int64] | None = None,
 ) -> dict[str, float]:
     """accuracy, f1 and matthews_correlation of predicted classes, by scikit-learn.
 
     f1: of class 1 where there are two classes, else the plain mean over the classes that occur in either argument.
     What has no answer (nothing predicted or nothing there) is 0.
+
+    Args:
+        weights: how often each of them counts; None: once.
     """
     from sklearn import metrics  # type: ignore[import-untyped]  # a second to import, and for classification alone
 
     average = "binary" if num_classes == 2 else "macro"
+    known: dict[str, Any] = {"sample_weight": weights}
     return {
-        "accuracy": float(metrics.accuracy_score(labels, predictions)),
-        "f1": float(metrics.f1_score(labels, predictions, average=average, zero_division=0.0)),
-        "matthews_correlation": float(metrics.matthews_corrcoef(labels, predictions)),
+        "accuracy": float(metrics.accuracy_score(labels, predictions, **known)),
+        "f1": float(metrics.f1_score(labels, predictions, average=average, zero_division=0.0, **known)),
+        "matthews_correlation": float(metrics.matthews_corrcoef(labels, predictions, **known)),
     }

@@ -298,22 +298,45 @@ def open_data(
             max_steps=config.max_steps,
             images=images,
         )
-        held_out = None
-        if config.data.eval_file is not None:
-            held_out = EvalData(
-                settings,
-                [config.data.eval_file],
-                tokenizer,
-                cache_dir(),
-                grain_size=config.per_device_eval_batch_size,
-                max_samples=config.max_eval_samples,
-                images=images,
-            )
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
+    held_out = None if config.data.eval_file is None else open_held_out(config, tokenizer, labels, images=images)
     check_schedule(config, train.num_steps)
     _check_rounds(config, train)
     return train, held_out
+
+
+def open_held_out(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...] = (),
+    *,
+    images: ImageReader | None = None,
+    packing: bool | None = None,
+) -> EvalData:
+    """The rows of data.eval_file, which the config must have, in their grains.
+
+    packing: None: as the config says.
+
+    Raises:
+        ConfigError: the file is missing, or its rows are broken.
+    """
+    assert config.data.eval_file is not None
+    settings = data_settings(config, labels, images.settings if images else None)
+    if packing is not None:
+        settings = replace(settings, packing=packing)
+    try:
+        return EvalData(
+            settings,
+            [config.data.eval_file],
+            tokenizer,
+            cache_dir(),
+            grain_size=config.per_device_eval_batch_size,
+            max_samples=config.max_eval_samples,
+            images=images,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error).splitlines()) from error
 
 
 def open_allocation_data(

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -88,6 +88,71 @@ def train(path: str | Path, overrides: Sequence[str], *, rehearsal: bool = False
 
     rehearsal: three steps of two random layers in a folder of their own instead (rehearse.py).
     """
+    startup, identity, device = first_steps()
+    prepared = prepare(path, overrides, world_size=identity.world_size)
+    config = prepared.config
+    check_trackers(config)
+    startup.mark("config and shapes")
+    if rehearsal:
+        rehearsal_config(config, world_size=identity.world_size)  # refuses what cannot be rehearsed
+    else:
+        refuse_used_folder(config)
+    run_dir = Path(config.output_dir, REHEARSAL) if rehearsal else Path(config.output_dir)
+
+    def body(process: Process, around: Surroundings) -> None:
+        if rehearsal:
+            rehearse(prepared, around)
+            return
+        kind = FullRun if config.method == "full" else AdapterRun
+        process.run = kind(prepared, around)
+        process.run.execute()
+
+    return run_together(config, run_dir, identity, device, startup, body)
+
+
+def run_together(
+    config: RunConfig,
+    run_dir: Path,
+    identity: ProcessIdentity,
+    device: torch.device,
+    startup: Startup,
+    body: Callable[[Process, Surroundings], None],
+) -> int:
+    """`body` on this process among the others of its run, with log, watchdog and stop requests; returns 0.
+
+    A failure is told and ends the process with its exit code. All processes must call this.
+
+    Raises:
+        ConfigError: no log can be written.
+    """
+    torch.set_num_threads(config.num_threads)
+    if config.reproducible:
+        _choose_deterministic_kernels(device)
+    try:
+        process = Process(identity, run_dir, config.watchdog_seconds)
+    except OSError as error:
+        raise ConfigError([f"output_dir={run_dir}: no log can be written ({error}); choose another folder"]) from error
+    try:
+        with StopRequest(run_dir, reads_file=process.is_main, signals=config.preemption_signal) as stop_request:
+            world, watchdog = process.join(device, config.collective_timeout_seconds)
+            startup.mark("meeting")
+            body(process, Surroundings(world, identity, run_dir, watchdog, stop_request, startup))
+            world.barrier("end of the run")
+    except BaseException as error:
+        # The others may hang in a collective that this process will never join; leaving the group could hang as well.
+        _exit_at_once(process.failed(error))
+    watchdog.stop()
+    process.log.close()
+    world.leave()
+    return 0
+
+
+def first_steps() -> tuple[Startup, ProcessIdentity, torch.device]:
+    """What any verb on several processes begins with: which process is this one, and its device.
+
+    Raises:
+        ConfigError: the launcher's variables do not go together.
+    """
     guard_streams()
     startup = Startup()
     startup.mark("imports")
@@ -97,42 +162,7 @@ def train(path: str | Path, overrides: Sequence[str], *, rehearsal: bool = False
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     export_identity(identity, os.environ)
-    device = _device(identity)
-    prepared = prepare(path, overrides, world_size=identity.world_size)
-    config = prepared.config
-    check_trackers(config)
-    startup.mark("config and shapes")
-    if rehearsal:
-        rehearsal_config(config, world_size=identity.world_size)  # refuses what cannot be rehearsed
-    else:
-        refuse_used_folder(config)
-    torch.set_num_threads(config.num_threads)
-    if config.reproducible:
-        _choose_deterministic_kernels(device)
-    run_dir = Path(config.output_dir, REHEARSAL) if rehearsal else Path(config.output_dir)
-    try:
-        process = Process(identity, run_dir, config.watchdog_seconds)
-    except OSError as error:
-        raise ConfigError([f"output_dir={run_dir}: no log can be written ({error}); choose another folder"]) from error
-    try:
-        with StopRequest(run_dir, reads_file=process.is_main, signals=config.preemption_signal) as stop_request:
-            world, watchdog = process.join(device, config.collective_timeout_seconds)
-            startup.mark("meeting")
-            around = Surroundings(world, identity, run_dir, watchdog, stop_request, startup)
-            if rehearsal:
-                rehearse(prepared, around)
-            else:
-                kind = FullRun if config.method == "full" else AdapterRun
-                process.run = kind(prepared, around)
-                process.run.execute()
-            world.barrier("end of the run")
-    except BaseException as error:
-        # The others may hang in a collective that this process will never join; leaving the group could hang as well.
-        _exit_at_once(process.failed(error))
-    watchdog.stop()
-    process.log.close()
-    world.leave()
-    return 0
+    return startup, identity, _device(identity)
 
 
 class Process:

@@ -67,20 +67,10 @@ class Session(ABC):
 
     def __init__(self, prepared: Prepared, around: Surroundings) -> None:
         """All processes must call this."""
-        world, run_dir, identity = around.world, around.run_dir, around.place
-        self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, run_dir
-        self.watchdog, self.stop_request, self.startup = around.watchdog, around.stop_request, around.startup
-        self.launcher = identity.source
-        self.best_step = -1  # of the best evaluation; `best` names the checkpoint of the same step, if there is one
-        config, shape = self.config, prepared.shape
-        if identity.local_rank == 0:
-            for lock in remove_stale_locks(extensions_folder()):
-                logger.warning("removed %s, left by a compile that was killed", lock)
-        world.barrier("ops may be built")
-        start_deepspeed(world.device)
-        self.startup.mark("DeepSpeed's ops")
+        self._take(prepared, around)
+        world, run_dir, config, shape = self.world, self.run_dir, self.config, prepared.shape
         self.tokenizer = preflight.tokenizer_of(config)
-        if identity.local_rank == 0:
+        if around.place.local_rank == 0:
             preflight.open_data(config, self.tokenizer, shape.labels)
         world.barrier("rows tokenised")
         self.data, self.eval_data = preflight.open_data(config, self.tokenizer, shape.labels)
@@ -91,6 +81,20 @@ class Session(ABC):
         if world.is_main:
             for note in checkpoint.clean(run_dir):
                 logger.warning(note)
+
+    def _take(self, prepared: Prepared, around: Surroundings) -> None:
+        """What stands before the run's own parts; DeepSpeed starts. All processes must call this."""
+        world, identity = around.world, around.place
+        self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, around.run_dir
+        self.watchdog, self.stop_request, self.startup = around.watchdog, around.stop_request, around.startup
+        self.launcher = identity.source
+        self.best_step = -1  # of the best evaluation; `best` names the checkpoint of the same step, if there is one
+        if identity.local_rank == 0:
+            for lock in remove_stale_locks(extensions_folder()):
+                logger.warning("removed %s, left by a compile that was killed", lock)
+        world.barrier("ops may be built")
+        start_deepspeed(world.device)
+        self.startup.mark("DeepSpeed's ops")
 
     def newest_checkpoint(self, **known: Any) -> checkpoint.Loaded | None:
         """The newest intact checkpoint: process 0 finds and verifies it, the others take the same one.

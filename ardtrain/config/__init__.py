@@ -5,6 +5,7 @@ and `with_batch` (the global batch size), and written into the run folder by `du
 back to an equal object. Every mistake is a `ConfigError`: one line each of setting, value, rule, remedy; all at once.
 """
 
+from ardtrain.config.evaluation import EvaluationBlock
 from ardtrain.config.launcher import LauncherBlock
 from ardtrain.config.models import (
     METHODS,
@@ -45,6 +46,7 @@ __all__ = [
     "ConfigError",
     "DataBlock",
     "ElaLoraBlock",
+    "EvaluationBlock",
     "LauncherBlock",
     "OptimizerBlock",
     "RunConfig",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from ardtrain.config.block import Block, tuple_of
+from ardtrain.config.evaluation import EvaluationBlock
 from ardtrain.config.launcher import LauncherBlock
 
 Method = Literal["ard_lora", "elalora", "alora", "lora", "dora", "adalora", "full"]
@@ -359,6 +360,7 @@ class RunConfig(Block):
     """Held-out loss before the first step: the base's own, since adapters start at zero."""
     eval_steps: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)
+    evaluation: EvaluationBlock = EvaluationBlock()
     logging_steps: int = Field(default=10, ge=1)
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_without_none)] = ()
     """Trackers that get the numbers of metrics.jsonl as well; each needs its package."""

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ardtrain.config.block import Block
+from ardtrain.config.evaluation import EvaluationBlock
 from ardtrain.config.launcher import LauncherBlock
 from ardtrain.config.models import (
     METHODS,
@@ -44,6 +45,7 @@ BLOCKS: dict[str, type[Block]] = {
     "alora": AloraBlock,
     "ard_lora": ArdLoraBlock,
     "launcher": LauncherBlock,
+    "evaluation": EvaluationBlock,
     "targets.*": TargetBlock,
 }
 # Other trainers' names (LLaMA-Factory, Axolotl, NeMo AutoModel, PEFT) by the block they may stand in; "" = top level.

@@ -19,7 +19,7 @@ ELSEWHERE = (
     *("output_dir", "gradient_accumulation_steps", "adapter_zero_stage", "deepspeed", "launcher"),
     *("resume_from_checkpoint", "init_from", "zero_checkpoint", "allow_pickle", "preemption_signal"),
     *("stop_poll_seconds", "max_hours", "watchdog_seconds", "collective_timeout_seconds", "log_scores"),
-    *("verify_weights", "chat_template", "bf16", "fp16", "report_to", "run_name"),
+    *("verify_weights", "chat_template", "bf16", "fp16", "report_to", "run_name", "evaluation"),
 )
 
 

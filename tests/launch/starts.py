@@ -2,8 +2,9 @@
 
 python -m tests.launch.starts STARTS.json RESULTS.json
 
-A start: config, world_size, overrides, and where it is asked to stop: stop_after (steps of this start, by the STOP
-file) or stop_in (the name of a function of the trainer, whose n-th call on process 0 sends that process a signal).
+A start: world_size; config and overrides of `train`, or the arguments of another verb; and where it is asked to stop:
+stop_after (steps of this start, by the STOP file) or stop_in (the name of a function of the trainer, whose n-th call on
+process 0 sends that process a signal).
 """
 
 import json
@@ -27,7 +28,13 @@ def main(starts_path, results_path):
         codes = run(start, folder)
         logs = "\n".join((folder / f"log-{r}.txt").read_text(errors="replace")[-2500:] for r in range(len(codes)))
         results.append({"codes": codes, "seconds": time.monotonic() - begin, "logs": logs})
-        print(start.get("overrides"), start["world_size"], codes, f"{results[-1]['seconds']:.1f} s", flush=True)
+        print(
+            start.get("arguments", start.get("overrides")),
+            start["world_size"],
+            codes,
+            f"{results[-1]['seconds']:.1f} s",
+            flush=True,
+        )
     Path(results_path).write_text(json.dumps(results))
 
 
@@ -70,7 +77,7 @@ def become(start, rank, log):
             ask_for_a_stop(start)
         from ardtrain.cli import main as ardtrain
 
-        code = ardtrain(["train", start["config"], *start.get("overrides", [])])
+        code = ardtrain(start.get("arguments") or ["train", start["config"], *start.get("overrides", [])])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

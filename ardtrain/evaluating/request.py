@@ -1,0 +1,132 @@
+"""What the user asks `ardtrain evaluate` for: which checkpoint, rows and metrics, and where the figures go."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ardtrain import checkpoint
+from ardtrain.checkpoint.finding import POINTERS
+from ardtrain.checkpoint.format import MANIFEST
+from ardtrain.config import ConfigError
+
+CONFIG_FILE = "config.yaml"
+OUT_FOLDER = "evaluation"  # in the run's folder
+FULL_MODEL = "model"  # the folder of a finished run that trained all weights
+
+# Metrics of one forward over the held-out rows, by task; the first ones are what is made where none is named.
+OF_TOKENS = ("loss", "perplexity")
+OF_PICTURES = (*OF_TOKENS, "token_match")
+OF_CLASSES = ("loss", "accuracy", "f1", "matthews_correlation")
+ALIASES = {"mcc": "matthews_correlation", "ppl": "perplexity", "eval_loss": "loss"}
+HELD_OUT = {"causal_lm": OF_TOKENS, "image_text_to_text": OF_PICTURES, "sequence_classification": OF_CLASSES}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line, taken apart; nothing was looked up yet. metrics: () for those of the task."""
+
+    target: str
+    overrides: tuple[str, ...] = ()
+    data: str | None = None
+    metrics: tuple[str, ...] = ()
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint and the run it belongs to. path: None for the finished model of a run that trained all weights.
+
+    is_named: the user named the checkpoint, not the run.
+    """
+
+    run_dir: Path
+    path: Path | None
+    is_named: bool = True
+
+    @property
+    def name(self) -> str:
+        return FULL_MODEL if self.path is None else self.path.name
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError([f"{message}; see ardtrain evaluate --help"])
+
+
+def read_request(arguments: Sequence[str]) -> Request:
+    """The command line's parts. Raises ConfigError."""
+    parser = _Parser(
+        prog="ardtrain evaluate",
+        description="Held-out loss and metrics of a run's checkpoint, with intervals; the same figures for any number "
+        "of processes.",
+        epilog="Several processes: deepspeed --num_gpus N ardtrain/main.py evaluate RUN ..., torchrun or srun alike.",
+    )
+    parser.add_argument("target", help="a run's folder (its last checkpoint), RUN/best, or a checkpoint's folder")
+    parser.add_argument("overrides", nargs="*", help="a.b=c over the run's settings, such as evaluation.confidence=0.9")
+    parser.add_argument("--data", metavar="FILE", help="held-out rows (default: the run's data.eval_file)")
+    parser.add_argument("--metrics", metavar="A,B", help="which, with commas between; default: those of the task")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/evaluation/CHECKPOINT")
+    given = parser.parse_intermixed_args(arguments)
+    metrics = tuple(name.strip() for name in (given.metrics or "").split(",") if name.strip())
+    return Request(given.target, tuple(given.overrides), given.data, metrics, given.out)
+
+
+def find_target(text: str) -> Target:
+    """The checkpoint that a path means: a checkpoint's folder, RUN/latest, RUN/best, or a run's newest.
+
+    Raises:
+        ConfigError: there is none, or the run's config is not beside it.
+    """
+    path = Path(text)
+    if path.name in POINTERS and not path.is_dir():
+        name = checkpoint.pointed(path.parent, path.name)
+        if name is None:
+            raise ConfigError([f"{text} names no checkpoint of {path.parent}; give a checkpoint's folder"])
+        path = path.parent / name
+    if (path / MANIFEST).is_file():
+        return _with_config(Target(path.parent, path))
+    if not path.is_dir():
+        raise ConfigError([f"{text} does not exist; give a run's folder or one of its checkpoints"])
+    found = [] if not (path / CONFIG_FILE).is_file() else checkpoint.candidates(path, "auto")
+    if found:
+        return Target(path, found[0], is_named=False)
+    raise ConfigError(
+        [
+            f"{text} is neither a run's folder with {CONFIG_FILE} and a checkpoint nor a checkpoint with {MANIFEST}; "
+            "give one of them"
+        ]
+    )
+
+
+def _with_config(target: Target) -> Target:
+    if (target.run_dir / CONFIG_FILE).is_file():
+        return target
+    raise ConfigError(
+        [f"{target.run_dir / CONFIG_FILE} is missing, which says what {target.name} belongs to; put it there"]
+    )
+
+
+def chosen_metrics(asked: Sequence[str], *, task: str) -> tuple[str, ...]:
+    """The metrics by their own names; those of the task where none is asked for.
+
+    Raises:
+        ConfigError: one is unknown, or does not fit the task.
+    """
+    fitting = HELD_OUT[task]
+    names = [ALIASES.get(name, name) for name in asked] or list(fitting)
+    errors = []
+    known = {name for names_ in HELD_OUT.values() for name in names_}
+    for given, name in zip(asked, names, strict=False):
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            guess = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            errors.append(f"--metrics: {given} is no metric; {guess}")
+        elif name not in fitting:
+            errors.append(f"--metrics: {given} does not fit task={task}; choose among {', '.join(fitting)}")
+    if errors:
+        raise ConfigError(errors)
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,103 @@
+"""`ardtrain evaluate`: the run's own held-out figures, and the same files for any number of processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.test_full_worlds import classifier_run
+from tests.runs import lines, write_run
+
+pytestmark = pytest.mark.launch
+SHORT = {"max_steps": 8, "eval_steps": 4, "save_steps": 4, "elalora": None}
+ARD = {"init_warmup": 1, "final_warmup": 2, "resize_interval": 2, "alpha_interval": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """All starts of this file in one process: {name: its result}."""
+    starts = {}
+
+    def train(config):
+        starts[config.stem] = {"config": str(config), "world_size": 1}
+
+    def evaluate(name, target, world_size, *arguments):
+        out = ["--out", str(folder / name)]
+        whole = ["evaluate", str(folder / target), *out, "evaluation.bootstrap_samples=50", *arguments]
+        starts[name] = {"arguments": whole, "world_size": world_size}
+
+    train(write_run(folder, "gates", method="ard_lora", ard_lora=ARD, packing=True, **SHORT))
+    evaluate("gates-middle", "gates/checkpoint-4", 1)
+    evaluate("gates-one", "gates", 1)
+    evaluate("gates-two", "gates", 2, "deepspeed=zero3_offload")
+    train(classifier_run(folder, "head", method="lora", save_steps=6, elalora=None))
+    evaluate("head-one", "head/best", 1)
+    evaluate("head-two", "head/best", 2, "deepspeed=zero3", "--metrics", "mcc,loss")
+    asked, answered = folder / "starts.json", folder / "results.json"
+    asked.write_text(json.dumps(list(starts.values())))
+    command = [sys.executable, "-m", "tests.launch.starts", str(asked), str(answered)]
+    environment = os.environ | {"ARDTRAIN_CACHE": str(folder / "cache")}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    results = dict(zip(starts, json.loads(answered.read_text()), strict=True))
+    for name, result in results.items():
+        assert set(result["codes"]) == {0}, f"{name}\n{result['logs']}"
+    return results
+
+
+def figures(folder, name):
+    return json.loads((folder / name / "figures.json").read_text())
+
+
+def logged(folder, run, step):
+    """What the run logged of its evaluation at this step, by the names of `held_out`."""
+    (found,) = [m for m in lines(folder / run / "metrics.jsonl") if m["step"] == step and "eval_loss" in m]
+    return {name.removeprefix("eval_"): value for name, value in found.items() if name.startswith("eval_")}
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "step"), [("gates-middle", "gates", 4), ("gates-one", "gates", 8), ("head-one", "head", None)]
+)
+def test_figures_are_those_that_training_logged_at_the_checkpoint(folder, done, name, run, step):
+    found = figures(folder, name)
+    step = step or int((folder / run / "best").read_text().strip().rpartition("-")[2])
+    assert found["step"] == step
+    own = logged(folder, run, step)
+    assert {key: found["held_out"][key] for key in own} == own
+    assert {key: figure["value"] for key, figure in found["metrics"].items()} == {key: own[key] for key in own}
+
+
+def test_ranks_moved_and_gates_were_open_in_part(folder, done):
+    """Else the first test would say nothing of ARD-LoRA."""
+    assert len(lines(folder / "gates" / "ranks.jsonl")) > 1
+    assert figures(folder, "gates-middle")["held_out"]["loss"] != figures(folder, "gates-one")["held_out"]["loss"]
+
+
+def test_two_processes_under_zero3_with_offload_write_the_same_files(folder, done):
+    for file in ("figures.json", "predictions.jsonl"):
+        assert (folder / "gates-one" / file).read_bytes() == (folder / "gates-two" / file).read_bytes()
+    two, one = figures(folder, "head-two"), figures(folder, "head-one")
+    assert list(two["metrics"]) == ["matthews_correlation", "loss"]
+    assert two["metrics"] == {name: one["metrics"][name] for name in two["metrics"]}
+    assert lines(folder / "head-one" / "predictions.jsonl") == lines(folder / "head-two" / "predictions.jsonl")
+
+
+def test_rows_add_up_to_the_figures_and_intervals_hold_them(folder, done):
+    rows, found = lines(folder / "gates-one" / "predictions.jsonl"), figures(folder, "gates-one")
+    assert [row["row"] for row in rows] == list(range(18)) and rows[3]["id"].endswith("dev.jsonl:4")
+    assert sum(row["num_tokens"] for row in rows) == found["held_out"]["num_tokens"]
+    loss = sum(row["loss"] for row in rows) / found["held_out"]["num_tokens"]
+    assert loss == pytest.approx(found["metrics"]["loss"]["value"], rel=1e-6)
+    for figure in (found["metrics"]["loss"], *figures(folder, "head-one")["metrics"].values()):
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    assert found["metrics"]["loss"]["high"] - found["metrics"]["loss"]["low"] > 0.01
+    rows, found = lines(folder / "head-one" / "predictions.jsonl"), figures(folder, "head-one")
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert right / len(rows) == found["metrics"]["accuracy"]["value"]
