@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
        ardtrain train CONFIG --rehearse [a.b=c ...]
                                              two random layers of its widths, three steps, each act once, in minutes
        ardtrain validate CONFIG [a.b=c ...]  check config, model shapes and data; loads no weights; with --verify it
-                                             reads them once: checksums, missing tensors, numbers not finite
+                                             reads them once: checksums, missing tensors, numbers not finite; with
+                                             --schema-only it looks at the config alone, in a moment
        ardtrain plan CONFIG [--gpus N] [--nodes M] [--gpu h100] [--json] [a.b=c ...]
                                              memory, seconds and sizes on N GPUs in all, from config.json alone
        ardtrain fetch CONFIG [a.b=c ...]     base, tokenizer, data sets into caches, rows tokenised, for offline nodes
@@ -28,9 +30,13 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
        ardtrain evaluate RUN|CHECKPOINT [--data FILE] [--metrics A,B] [--out DIR] [a.b=c ...]
                                              held-out loss and metrics with intervals, on any number of processes
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
+       ardtrain new --task sft|classification|vqa --model M [--method M] [--data F] [--eval F] [--out F]
+                                             a commented config to start from
+       ardtrain schema [FILE]                the JSON schema of a config, for editors
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
-Without CONFIG: the file that ARDTRAIN_CONFIG names, else ./ardtrain.yaml"""
+Without CONFIG: the file that ARDTRAIN_CONFIG names, else ./ardtrain.yaml
+ardtrain VERB --help: one verb, with an example; ardtrain --version"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and rest[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    verbs: dict[str, Callable[[list[str]], int]] = {
+    if rest and rest[0] in ("-V", "--version"):
+        from ardtrain import __version__
+
+        print(f"ardtrain {__version__}")
+        return 0
+    verbs = _verbs()
+    verb = rest.pop(0) if rest and rest[0] in verbs else "train"
+    if {"-h", "--help"} & set(rest):
+        return _help(verb, verbs[verb])
+    from ardtrain.config import ConfigError
+
+    try:
+        return verbs[verb](rest)
+    except ConfigError as error:
+        _tell_mistakes(verb, error.errors)
+        return 2
+
+
+def _verbs() -> dict[str, Callable[[list[str]], int]]:
+    return {
         "train": _train,
         "validate": _validate,
         "plan": _plan,
@@ -53,15 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "export": _export,
         "compare": _compare,
         "evaluate": _evaluate,
+        "new": _new,
+        "schema": _schema,
     }
-    verb = rest.pop(0) if rest and rest[0] in verbs else "train"
-    from ardtrain.config import ConfigError
 
-    try:
-        return verbs[verb](rest)
-    except ConfigError as error:
-        _tell_mistakes(verb, error.errors)
-        return 2
+
+def _help(verb: str, run: Callable[[list[str]], int]) -> int:
+    from ardtrain.verbs import PRINT_THEIR_OWN, example_text, help_text
+
+    if verb not in PRINT_THEIR_OWN:
+        print(help_text(verb, USAGE))
+        return 0
+    with contextlib.suppress(SystemExit):  # argparse's way
+        run(["--help"])
+    print(f"\n{example_text(verb)}")
+    return 0
 
 
 def _tell_mistakes(verb: str, mistakes: Sequence[str]) -> None:
@@ -128,8 +159,14 @@ def _train(arguments: list[str]) -> int:
 def _validate(arguments: list[str]) -> int:
     from ardtrain.config.text import with_config
 
-    verify = "--verify" in arguments
-    config, *overrides = with_config([a for a in arguments if a != "--verify"], os.environ)
+    verify, schema_only = "--verify" in arguments, "--schema-only" in arguments
+    config, *overrides = with_config([a for a in arguments if a not in ("--verify", "--schema-only")], os.environ)
+    if schema_only:
+        from ardtrain.config import load_config
+
+        load_config(config, overrides)
+        print(f"{config}: settings and the rules between them hold; model and data were not looked at")
+        return 0
     _name_the_accelerator()
     from ardtrain.run import validate
 
@@ -214,3 +251,15 @@ def _ranks(arguments: list[str]) -> int:
     from ardtrain.report.terminal import ranks
 
     return ranks(_one(arguments, "ranks", "run folder"))
+
+
+def _new(arguments: list[str]) -> int:
+    from ardtrain.starter import new
+
+    return new(arguments)
+
+
+def _schema(arguments: list[str]) -> int:
+    from ardtrain.config.schema import schema
+
+    return schema(arguments)
