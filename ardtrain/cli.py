@@ -32,6 +32,8 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
        ardtrain new --task sft|classification|vqa --model M [--method M] [--data F] [--eval F] [--out F]
                                              a commented config to start from
+       ardtrain suggest CONFIG [--gpus N] [--nodes M] [--gpu h100] [--out FILE] [a.b=c ...]
+                                             schedule, batch and rates to start from, by plan, data and papers
        ardtrain schema [FILE]                the JSON schema of a config, for editors
 
 On several processes: deepspeed [--num_nodes N] ardtrain/main.py [train] CONFIG [a.b=c ...]
@@ -79,6 +81,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "compare": _compare,
         "evaluate": _evaluate,
         "new": _new,
+        "suggest": _suggest,
         "schema": _schema,
     }
 
@@ -263,3 +266,10 @@ def _schema(arguments: list[str]) -> int:
     from ardtrain.config.schema import schema
 
     return schema(arguments)
+
+
+def _suggest(arguments: list[str]) -> int:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here touches a device
+    from ardtrain.planning.suggest import suggest
+
+    return suggest(arguments)

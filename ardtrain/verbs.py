@@ -16,6 +16,8 @@ EXAMPLES = {
     "ranks": "ardtrain ranks runs/e2e_nlg --heads q_proj",
     "compare": "ardtrain compare benchmarks/suites/e2e_nlg.yaml",
     "new": "ardtrain new --task sft --model meta-llama/Llama-3.1-8B --out run.yaml",
+    "suggest": "ardtrain suggest run.yaml --gpus 8 --out better.yaml",
+    "export": "ardtrain export runs/e2e_nlg --to peft --out adapter",
     "schema": "ardtrain schema > ardtrain.schema.json",
 }
 _INDENT = "       ardtrain "  # of a verb's line in the usage; its further lines are indented more
