@@ -29,6 +29,8 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
                                              the adapter as a PEFT folder, read back with PEFT and compared
        ardtrain evaluate RUN|CHECKPOINT [--data FILE] [--metrics A,B] [--out DIR] [a.b=c ...]
                                              held-out loss and metrics with intervals, on any number of processes
+       ardtrain merge RUN|CHECKPOINT --out DIR [--check] [--push-to-hub REPO]
+                                             the base with the adapter in its weights, file by file
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
        ardtrain new --task sft|classification|vqa --model M [--method M] [--data F] [--eval F] [--out F]
                                              a commented config to start from
@@ -78,6 +80,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "ranks": _ranks,
         "report": _report,
         "export": _export,
+        "merge": _merge,
         "compare": _compare,
         "evaluate": _evaluate,
         "new": _new,
@@ -226,6 +229,13 @@ def _export(arguments: list[str]) -> int:
     from ardtrain.exporting import export_command
 
     return export_command(arguments)
+
+
+def _merge(arguments: list[str]) -> int:
+    _name_the_accelerator()
+    from ardtrain.merging import merge_command
+
+    return merge_command(arguments)
 
 
 def _compare(arguments: list[str]) -> int:

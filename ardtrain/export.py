@@ -73,17 +73,11 @@ def peft_tensors(
             DoRA, where such a module has no magnitude).
     """
     out: dict[str, Tensor] = {}
-    taken = 0
-    own_ranks, scale = module_ranks(layout), common_scale(layout)
+    own_ranks, pairs = module_ranks(layout), Pairs(master, layout, heads=heads, gates=gates)
     magnitudes = {entry.module for entry in layout.dense if entry.part == "magnitude"}
     largest = max(own_ranks.values(), default=0)
-    for module, (a, b, middle, width) in _matrices(master, layout, heads or {}).items():
-        if gates is not None and len(a):
-            own = gates[taken : taken + len(a) * width].view(len(a), width).to(master)
-            taken += len(a) * width
-            a, b = _gated(a, b, own, (heads or {}).get(module))
-        if scale is None:
-            b = b * middle
+    for module in layout.site_ranks:
+        a, b = pairs.pair(module)
         if uniform_rank and (len(a) or module not in magnitudes):
             a, b = (torch.cat([rows, rows.new_zeros(largest - len(rows), rows.shape[1])]) for rows in (a, b))
         if len(a):
@@ -101,28 +95,49 @@ def peft_tensors(
     return out
 
 
-def _matrices(
-    master: Tensor, layout: ArenaLayout, heads: Mapping[str, Heads]
-) -> dict[str, tuple[Tensor, Tensor, Tensor | float, int]]:
-    """Module -> A [R, I], B [R, O], factor of B's rows, gates a component; heads in their places of the matrix."""
-    out: dict[str, tuple[Tensor, Tensor, Tensor | float, int]] = {}
-    table = layout.table
-    for index, site in enumerate(table.sites):
-        rows = layout.site_rows(master, index)
+class Pairs:
+    """Each module's pair as it is exported, made when it is asked for: of many heads a pair is large."""
+
+    def __init__(
+        self,
+        master: Tensor,
+        layout: ArenaLayout,
+        *,
+        heads: Mapping[str, Heads] | None = None,
+        gates: Tensor | None = None,
+    ) -> None:
+        """heads, gates: as in `peft_tensors`."""
+        self.scale = common_scale(layout)  # what B is still to be multiplied by; None: nothing
+        self._master, self._layout, self._heads, self._gates = master, layout, heads or {}, gates
+        self._places: dict[str, tuple[int, int, int, int]] = {}  # sites from, to; its gates' first, gates a component
+        taken, table = 0, layout.table
+        for module, start, stop in table.known_sites.modules:
+            cut = self._heads.get(module)
+            width = cut.count if cut is not None and table.sites[start].head is None else 1
+            self._places[module] = (start, stop, taken, width)
+            taken += sum(table.ranks[start:stop]) * width
+
+    def pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """A [R, I], B [R, O]: heads in their places of the matrix, gates folded in, scale and diagonal if they are."""
+        start, stop, first_gate, width = self._places[module]
+        parts = [self._site(index) for index in range(start, stop)]
+        a, b = (torch.cat(rows) if len(parts) > 1 else rows[0] for rows in zip(*parts, strict=True))
+        if self._gates is not None and len(a):
+            own = self._gates[first_gate : first_gate + len(a) * width].view(len(a), width).to(self._master)
+            a, b = _gated(a, b, own, self._heads.get(module))
+        return a, b
+
+    def _site(self, index: int) -> tuple[Tensor, Tensor]:
+        site, rows = self._layout.table.sites[index], self._layout.site_rows(self._master, index)
         a, b = rows["lora_A"].clone(), rows["lora_B"].clone()
-        cut = heads.get(site.module)
-        if site.head is not None and cut is not None:
-            if cut.side == "out":
-                b = _placed(b, site.start, site.out_features * cut.count)
-            else:
-                a = _placed(a, site.start, site.in_features * cut.count)
-        middle = rows["diagonal"] * site.scaling if "diagonal" in rows else site.scaling
-        width = cut.count if cut is not None and site.head is None else 1
-        if site.module in out:
-            before = out[site.module]
-            a, b = torch.cat([before[0], a]), torch.cat([before[1], b])
-        out[site.module] = (a, b, middle, width)
-    return out
+        if self.scale is None:
+            b = b * (rows["diagonal"] * site.scaling if "diagonal" in rows else site.scaling)
+        cut = self._heads.get(site.module)
+        if site.head is None or cut is None:
+            return a, b
+        if cut.side == "out":
+            return a, _placed(b, site.start, site.out_features * cut.count)
+        return _placed(a, site.start, site.in_features * cut.count), b
 
 
 def _placed(rows: Tensor, start: int, columns: int) -> Tensor:

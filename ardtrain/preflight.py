@@ -240,11 +240,16 @@ def image_reader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Image
     return ImageReader(processor, settings)
 
 
-def data_settings(config: RunConfig, labels: tuple[str, ...] = (), images: ImageSettings | None = None) -> DataSettings:
-    """The config's `data` block and the settings of rows, in the data layer's own form."""
+def template_text(config: RunConfig) -> str | None:
+    """The chat template that the config gives, itself or as a file's name; None: the tokenizer's."""
     template = config.chat_template
     if template is not None and len(template) < 1024 and Path(template).is_file():
-        template = Path(template).read_text(encoding="utf-8")
+        return Path(template).read_text(encoding="utf-8")
+    return template
+
+
+def data_settings(config: RunConfig, labels: tuple[str, ...] = (), images: ImageSettings | None = None) -> DataSettings:
+    """The config's `data` block and the settings of rows, in the data layer's own form."""
     d = config.data
     return DataSettings(
         train_files=d.train_file,
@@ -255,7 +260,7 @@ def data_settings(config: RunConfig, labels: tuple[str, ...] = (), images: Image
         text_field=d.text_field,
         prompt_template=d.prompt_template,
         completion_template=d.completion_template,
-        chat_template=template,
+        chat_template=template_text(config),
         max_length=config.max_length,
         packing=config.packing,
         truncation=config.truncation,

@@ -74,9 +74,8 @@ def write_nothing(folder):
 
 def fill(master, layout, prepared, *, seed, std):
     """Numbers that matter in every block; magnitudes and linears in full near the base's own."""
-    labels = prepared.shape.labels
-    arguments = {"num_labels": len(labels), "label_names": labels, "pad_token_id": 3} if labels else {}
-    model = load_model(preflight.model_source(prepared.config), compute_dtype="fp32", **arguments)
+    magnitudes = any(block.part == "magnitude" for block in layout.all_blocks)
+    model = load_model(preflight.model_source(prepared.config), compute_dtype="fp32") if magnitudes else None
     for block in layout.all_blocks:
         generator = torch.Generator().manual_seed(named_seed("trained", seed, block.module, block.part))
         values = block.of(master)
