@@ -46,7 +46,7 @@ def common_scale(layout: ArenaLayout) -> float | None:
     adapter_config.json, gives the scale back to the bit.
     """
     sites, ranks = layout.table.sites, set(module_ranks(layout).values())
-    scales = {site.scaling for site in sites}
+    scales = {site.scaling for site, rank in zip(sites, layout.table.ranks, strict=True) if rank}
     plain = all(block.part in ("lora_A", "lora_B") for block in layout.blocks)
     if not plain or len(ranks) != 1 or len(scales) != 1 or any(site.head is not None for site in sites):
         return None

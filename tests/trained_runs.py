@@ -11,6 +11,7 @@ from ardtrain.backbones import load_model
 from ardtrain.checkpoint.format import blank
 from ardtrain.config import dump_config
 from ardtrain.ranks import RankTable, named_seed
+from ardtrain.resize import start_snapshot
 from ardtrain.session import run_identity
 from tests.runs import write_run
 
@@ -18,12 +19,13 @@ STEP = 16
 UNEVEN = (3, 0, 1, 4, 2, 0, 5)
 
 
-def make_run(folder, name="run", *, config=None, ranks=None, seed=1, std=0.2, **settings):
+def make_run(folder, name="run", *, config=None, ranks=None, seed=1, std=0.2, start=False, **settings):
     """Writes FOLDER/NAME with config.yaml and checkpoint-16; returns it.
 
     Args:
         config: path of a run's config; None: tests.runs.write_run with the settings.
         ranks: function of a site's number that gives its rank; None: the config's.
+        start: the numbers that a run starts with (of init_from) in the place of random ones.
     """
     path = config or write_run(folder, name, **settings)
     prepared = preflight.prepare(path, [], world_size=1)
@@ -34,7 +36,11 @@ def make_run(folder, name="run", *, config=None, ranks=None, seed=1, std=0.2, **
     method = preflight.make_method(config, shape, total_steps=STEP)
     layout = ArenaLayout(shape.table, method.entries, shape.dense)
     snapshot = blank(shape.table, layout, kinds=method.state_tensors(), steps=STEP)
-    fill(snapshot.full.master, layout, prepared, seed=seed, std=std)
+    if start:
+        first = start_snapshot(shape.table, layout, method.init, seed=seed, rows=shape.rows)
+        snapshot.full.master.copy_(first.full.master)
+    else:
+        fill(snapshot.full.master, layout, prepared, seed=seed, std=std)
     generator = torch.Generator().manual_seed(seed)
     if "alpha" in snapshot.sites:  # ARD-LoRA: each unit's continuous rank, and so its gates
         snapshot.sites["alpha"].uniform_(0.3, 1.0, generator=generator)
