@@ -1,11 +1,15 @@
 """Each family that users bring, on tiny random models of the real classes: adapters' places, start, export."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from ardtrain.backbones import (
     ModelSource,
+    auto_class,
     find_sites,
     head_linears,
     meta_model,
@@ -14,8 +18,12 @@ from ardtrain.backbones import (
     without_adapter,
 )
 from ardtrain.config import ConfigError
+from ardtrain.engines import AdamSettings, FullEngine
 from ardtrain.evaluation import loss_sum
 from ardtrain.export import compare_with_peft, write_peft
+from ardtrain.full import FullTrainer, write_model
+from ardtrain.planning.hardware import machine_of
+from ardtrain.planning.plan import make_plan
 from ardtrain.preflight import prepare_config, read_run_config
 from tests.families import (
     FAMILIES,
@@ -29,8 +37,11 @@ from tests.families import (
     trained_logits,
 )
 from tests.runs import write_run
-from tests.tiny import CPU, equal_bits
+from tests.tiny import CPU, LOOP, equal_bits
+from tests.tiny_paligemma import letter_tokenizer
+from tests.unit.test_full import full_config
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 each_method = pytest.mark.parametrize("method", METHODS)
 
@@ -68,16 +79,21 @@ def test_all_linear_is_what_runs_without_the_heads(family, record, tmp_path):
     config.save_pretrained(tmp_path)
     source = ModelSource(str(tmp_path))
     assert {s.module for s in all_linear(meta_model(source, num_labels=family.num_labels))} == names
-    record(family, adapters=len(names), without_adapter=len(every - moving))
+    record(
+        family, model=type(model).__name__, adapters=len(names), head=list(head_linears(model)),
+        left_out=never_run(model), stacked_experts=list(stacked_experts(model)),
+    )  # fmt: skip
 
 
 @each_family
-def test_heads_of_attention(family):
+def test_heads_of_attention(family, record):
     """Grouped and fused matrices too; DeBERTa's in_proj holds q, k and v of a head side by side."""
     model = build_model(family)
     wanted = {f"{family.stack}.{i}.{name}": cut for i in range(2) for name, cut in family.heads.items()}
     found = heads_of(family, model, all_linear(model))
     assert {name: cut for name, cut in found.items() if "vision" not in name} == wanted
+    first = {n: cut for n, cut in found.items() if n.startswith(f"{family.stack}.0.")}
+    record(family, heads={n.rpartition(".")[2]: [cut.count, cut.side] for n, cut in first.items()})
 
 
 def test_texts_of_a_pair_are_told_apart():
@@ -120,6 +136,21 @@ def test_a_run_says_what_gets_no_adapter(tmp_path):
     assert found[0] == "first" and found[1].startswith("no adapter on the experts: their weights are stacked")
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.kind != "pictures"], ids=lambda f: f.name)
+def test_a_plan_is_made_of_config_json(family, tmp_path):
+    """In float32, for which torch has no grouped product on the meta device (experts)."""
+    settings = {}
+    if family.kind == "classes":
+        data = {"train_file": str(tmp_path / "train.jsonl"), "eval_file": str(tmp_path / "dev.jsonl")}
+        settings = {"task": "sequence_classification", "data": data | {"label_names": ["a", "b", "c"]}}
+    plan = make_plan(config_of(tmp_path, family, **settings), machine_of("h100", gpus=1, nodes=None))
+    adapters = {s.module for s in plan.shapes.shape.table.sites}
+    assert adapters == family.sites and plan.memory.device_bytes > 4 * plan.shapes.shape.num_base
+    settings |= {"method": "full", "elalora": None, "r": None, "lora_dropout": None}
+    full = make_plan(config_of(tmp_path, family, **settings), machine_of("h100", gpus=1, nodes=None))
+    assert full.memory.device_bytes > 16 * full.shapes.shape.num_base
+
+
 def test_heads_in_one_matrix_cannot_be_tied_to_those_of_another(tmp_path):
     settings = {"method": "ard_lora", "elalora": None, "r": 2}
     config = config_of(tmp_path, FAMILIES["Phi-3"], **settings)
@@ -131,7 +162,7 @@ def test_heads_in_one_matrix_cannot_be_tied_to_those_of_another(tmp_path):
 
 @each_family
 @each_method
-def test_the_start_is_the_bases_to_the_bit(family, method, world):
+def test_the_start_is_the_bases_to_the_bit(family, method, world, record):
     inputs = inputs_of(family)
     with torch.no_grad():
         base = build_model(family)(**inputs).logits
@@ -139,6 +170,7 @@ def test_the_start_is_the_bases_to_the_bit(family, method, world):
     logits, _ = trained_logits(trainer, inputs)
     assert float(base.std()) > 0.1
     assert equal_bits(logits, base)
+    record(family, method, start=float((logits - base).abs().max()))
     trainer.arena.engine.destroy()
 
 
@@ -159,7 +191,30 @@ def test_peft_reads_what_was_trained(family, method, world, tmp_path, record):
     arena, model = trainer.arena, build_model(family)
     heads = heads_of(family, model, all_linear(model)) if method.startswith("ard") else {}
     write_peft(tmp_path, arena.engine.weights, arena.layout, adapter_json(family, trainer), heads=heads, gates=gates)
-    difference = compare_with_peft(tmp_path, model, inputs, logits)
-    assert difference <= 1e-5 * max(1.0, float(logits.abs().max()))
-    record(family, method, export=difference)
+    difference, largest = compare_with_peft(tmp_path, model, inputs, logits), float(logits.abs().max())
+    assert difference <= 1e-5 * max(1.0, largest)
+    record(family, method, export=difference, largest_logit=largest)
     arena.engine.destroy()
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.kind != "pictures"], ids=lambda f: f.name)
+def test_a_model_trained_in_full_reads_back_to_the_bit(family, world, tmp_path, record):
+    """Two steps of every weight; `full` is refused for rows with pictures."""
+    model, inputs = build_model(family).requires_grad_(True), inputs_of(family)
+    with torch.no_grad():
+        before = model(**inputs).logits
+    engine = FullEngine(model, config=full_config(2), adam=AdamSettings(), device=CPU)
+    trainer = FullTrainer(replace(LOOP, total_steps=2), world, engine, data=batches(family))
+    engine.module.train()
+    for _ in range(2):
+        trainer.train_step()
+    with torch.no_grad():
+        logits = engine.module.eval()(**inputs).logits
+    write_model(tmp_path, engine.module, engine.full_state_dict(), letter_tokenizer())
+    again = auto_class(model.config, family.num_labels).from_pretrained(tmp_path).eval()
+    again.config.use_cache = False
+    with torch.no_grad():
+        read = again(**inputs).logits
+    assert equal_bits(read, logits) and float((logits - before).abs().max()) > 1e-3
+    record(family, "full", export=float((read - logits).abs().max()), largest_logit=float(logits.abs().max()))
+    engine.destroy()
