@@ -64,7 +64,7 @@ def card_text(d: Described) -> str:
     ).to_yaml()
     title = "Low-rank adapter" if d.kind == "adapter" else "Merged model"
     files = ", ".join(f if is_hub(f) else Path(f).name for f in config.data.train_file)
-    trained = f"Trained from `{base}` by [ardtrain](https://pypi.org/project/ardtrain/) with method `{config.method}`"
+    trained = f"Trained from `{base}` by ardtrain with method `{config.method}`"
     parts = [
         f"---\n{head.strip()}\n---",
         f"# {title}: {base}, {config.method}",

@@ -27,6 +27,7 @@ SHAPES = {
     "256x8": (256, 8, 8, 4, 688, 2048),
     "768x4": (768, 4, 12, 4, 2304, 16000),
     "60m": (512, 12, 8, 8, 1408, 32000),
+    "4096x2": (4096, 2, 32, 8, 14336, 2048),  # two layers of an 8B model's width, few words
     "4096x4": (4096, 4, 32, 8, 14336, 2048),  # four layers of an 8B model's width, few words
     "8b-layer": (4096, 1, 32, 8, 14336, 128256),  # an 8B model's width, one layer deep
     "8b": (4096, 32, 32, 8, 14336, 128256),
