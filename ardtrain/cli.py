@@ -25,11 +25,12 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
                                              one HTML file with all that a run shows; of several side by side
        ardtrain ranks RUN_DIR [OUT.png] [--heads KIND]
                                              the ranks by layer and matrix as text, or as a picture
-       ardtrain export RUN|CHECKPOINT --to peft [--out DIR] [--uniform-rank] [--push-to-hub REPO]
+       ardtrain export RUN|CHECKPOINT --to peft [--out DIR] [--uniform-rank] [--unchecked]
+                                             [--push-to-hub REPO [--private]] [a.b=c ...]
                                              the adapter as a PEFT folder, read back with PEFT and compared
        ardtrain evaluate RUN|CHECKPOINT [--data FILE] [--metrics A,B] [--out DIR] [a.b=c ...]
                                              held-out loss and metrics with intervals, on any number of processes
-       ardtrain merge RUN|CHECKPOINT --out DIR [--check] [--push-to-hub REPO]
+       ardtrain merge RUN|CHECKPOINT --out DIR [--check] [--push-to-hub REPO [--private]] [a.b=c ...]
                                              the base with the adapter in its weights, file by file
        ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
        ardtrain new --task sft|classification|vqa --model M [--method M] [--data F] [--eval F] [--out F]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ardtrain import checkpoint, export
 from ardtrain.backbones import DTYPES
@@ -33,26 +33,26 @@ def export_command(arguments: list[str]) -> int:
     return 0
 
 
+class Arguments(argparse.ArgumentParser):
+    """Those of export and merge: RUN|CHECKPOINT, where to, and the hub. A mistake is a ConfigError."""
+
+    def __init__(self, verb: str) -> None:
+        super().__init__(prog=f"ardtrain {verb}", add_help=False)
+        self.add_argument("run", metavar="RUN|CHECKPOINT")
+        self.add_argument("--push-to-hub", metavar="REPO")
+        self.add_argument("--private", action="store_true")  # of a repository that is made now
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([f"{self.prog}: {message}; {self.prog} --help has an example"])
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ardtrain export",
-        description="Writes a checkpoint's adapter as a PEFT folder and compares PEFT's logits with training's.",
-        epilog="example: ardtrain export runs/one --to peft --out adapters/one; "
-        "`a.b=c` goes over the run's settings, e.g. model_name_or_path=NEW_PLACE",
-    )
-    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="of a run, its newest checkpoint")
-    parser.add_argument("--to", choices=["peft"], default="peft", help="the format")
-    parser.add_argument("--out", metavar="DIR", help="must not exist; default: RUN/peft-STEP")
-    parser.add_argument("--uniform-rank", action="store_true", help="zeros up to the largest rank in every matrix")
-    parser.add_argument("--unchecked", action="store_true", help="do not load the base and compare logits")
-    add_hub_arguments(parser)
+    parser = Arguments("export")
+    parser.add_argument("--to", choices=["peft"], default="peft")
+    parser.add_argument("--out", metavar="DIR")
+    parser.add_argument("--uniform-rank", action="store_true")
+    parser.add_argument("--unchecked", action="store_true")
     return parser
-
-
-def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that merge has as well."""
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this model repository")
-    parser.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
 
 
 def export_peft(trained: Trained, out: Path, *, uniform_rank: bool = False, unchecked: bool = False) -> list[str]:

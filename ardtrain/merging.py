@@ -20,7 +20,7 @@ from ardtrain import checkpoint, export, preflight
 from ardtrain.backbones import auto_class, load_config, load_tokenizer
 from ardtrain.cards import CARD, write_card
 from ardtrain.config import ConfigError
-from ardtrain.exporting import add_hub_arguments, describe
+from ardtrain.exporting import Arguments, describe
 from ardtrain.fingerprint import INDEX, hub_weight_files
 from ardtrain.loading import verify_files
 from ardtrain.loading.verifying import SUMS
@@ -100,16 +100,9 @@ def merge_command(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ardtrain merge",
-        description="Writes the base with a checkpoint's trained numbers in its weights: a model of its own.",
-        epilog="example: ardtrain merge runs/one --out models/one; "
-        "`a.b=c` goes over the run's settings, e.g. model_name_or_path=NEW_PLACE",
-    )
-    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="of a run, its newest checkpoint")
-    parser.add_argument("--out", metavar="DIR", required=True, help="must not exist")
-    parser.add_argument("--check", action="store_true", help="load both models whole and compare their logits")
-    add_hub_arguments(parser)
+    parser = Arguments("merge")
+    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--check", action="store_true")
     return parser
 
 

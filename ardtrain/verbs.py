@@ -18,6 +18,7 @@ EXAMPLES = {
     "new": "ardtrain new --task sft --model meta-llama/Llama-3.1-8B --out run.yaml",
     "suggest": "ardtrain suggest run.yaml --gpus 8 --out better.yaml",
     "export": "ardtrain export runs/e2e_nlg --to peft --out adapter",
+    "merge": "ardtrain merge runs/e2e_nlg --out merged",
     "evaluate": "ardtrain evaluate runs/e2e_nlg --data test.jsonl",
     "schema": "ardtrain schema > ardtrain.schema.json",
 }

@@ -184,6 +184,8 @@ def test_the_command(tmp_path, capsys):
     assert re.search(r"14 tensors changed, 0.00 GiB in .* s", told) and f"model: {tmp_path / 'out'}" in told
     assert main(["merge", str(run_dir), "--out", str(tmp_path / "out")]) == 2
     assert "exists; name another folder" in capsys.readouterr().err
+    assert main(["merge", str(run_dir)]) == 2
+    assert "ardtrain merge: the following arguments are required: --out" in capsys.readouterr().err
     shutil.copytree(tmp_path / "model", tmp_path / "moved")
     moved = f"model_name_or_path={tmp_path / 'moved'}"
     assert main(["merge", str(run_dir), "--out", str(tmp_path / "again"), moved]) == 0
