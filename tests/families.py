@@ -166,6 +166,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def as_classifier(family):
+    """A decoder's family with `score` in the place of its output embedding."""
+    return replace(family, name=f"{family.name}, classes", kind="classes", head=("score",))
+
+
 def build_model(family, *, dtype=torch.float32):
     """A frozen random model of the family's real class, in eval mode; logits of size 1 or so."""
     config = family.config()

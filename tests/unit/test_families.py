@@ -29,6 +29,7 @@ from tests.families import (
     FAMILIES,
     METHODS,
     adapter_json,
+    as_classifier,
     batches,
     build_model,
     family_trainer,
@@ -195,6 +196,28 @@ def test_peft_reads_what_was_trained(family, method, world, tmp_path, record):
     assert difference <= 1e-5 * max(1.0, largest)
     record(family, method, export=difference, largest_logit=largest)
     arena.engine.destroy()
+
+
+@pytest.mark.parametrize(
+    "family", [as_classifier(f) for f in FAMILIES.values() if f.kind == "text"], ids=lambda f: f.name
+)
+def test_decoders_are_classifiers_too(family, world, tmp_path):
+    """Their `score` is trained in full; adapters sit where they sit in the language model."""
+    trainer, inputs = family_trainer(family, "elalora", num_grains=1), inputs_of(family)
+    assert {site.module for site in trainer.first_table.sites} == family.sites
+    moving, _ = linears_that_get_a_gradient(family)
+    assert moving - family.sites == {"score"}
+    logits, _ = trained_logits(trainer, inputs)
+    with torch.no_grad():
+        assert equal_bits(logits, build_model(family)(**inputs).logits)
+    for _ in range(6):
+        trainer.train_step()
+    assert trainer.state.events >= 2
+    logits, _ = trained_logits(trainer, inputs)
+    write_peft(tmp_path, trainer.arena.engine.weights, trainer.arena.layout, adapter_json(family, trainer))
+    difference = compare_with_peft(tmp_path, build_model(family), inputs, logits)
+    assert difference <= 1e-5 * max(1.0, float(logits.abs().max()))
+    trainer.arena.engine.destroy()
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.kind != "pictures"], ids=lambda f: f.name)
