@@ -286,7 +286,7 @@ def never_run(model: PreTrainedModel) -> list[str]:
     (inside,) = [name for name, module in model.named_modules() if module is decoder]
     around, _, _ = inside.rpartition(".")
     beside = [f"{around}.{n}" if around else n for n, _ in model.get_submodule(around).named_children()]
-    return [n for n in beside if n != inside and any(name.startswith(f"{n}.") for name in linears)]
+    return [n for n in beside if n != inside and any(f"{name}.".startswith(f"{n}.") for name in linears)]
 
 
 def stacked_experts(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

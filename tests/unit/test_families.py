@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, FuyuConfig
 
 from ardtrain.backbones import (
     ModelSource,
@@ -122,6 +123,13 @@ def test_stacked_experts_take_no_adapter_and_this_is_said():
     assert without_adapter(build_model(FAMILIES["Gemma-3 with a vision tower, on text"])) == [
         "no adapter on model.vision_tower: the model's forward does not use it for such rows"
     ]
+
+
+def test_a_lone_linear_beside_the_decoder_is_left_out_as_well():
+    """Fuyu's projection of picture patches, on text."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FuyuConfig())
+    assert never_run(model) == ["model.vision_embed_tokens"]
 
 
 def config_of(folder, family, **settings):
