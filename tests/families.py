@@ -14,7 +14,7 @@ import transformers as hf
 
 from ardtrain.ablation import AblationScorer
 from ardtrain.adapters import bind_arena
-from ardtrain.backbones import auto_class, set_padding, tower_config
+from ardtrain.backbones import auto_class, enable_checkpointing, set_padding, tower_config
 from ardtrain.data import build_batch
 from ardtrain.evaluation import loss_sum, model_inputs
 from ardtrain.export import peft_config
@@ -298,12 +298,14 @@ def _ard():
     )  # fmt: skip
 
 
-def family_trainer(family, method, *, num_grains=3, **more):
+def family_trainer(family, method, *, num_grains=3, gradient_checkpointing=False, **more):
     """A trainer over the family's model, by the method's name, ready to step; more: of tiny_trainer."""
-    settings = dict(METHODS[method])
+    settings, model = dict(METHODS[method]), build_model(family)
+    if gradient_checkpointing:
+        enable_checkpointing(model, offload=False, device=CPU)
     trainer = tiny_trainer(
         settings.pop("method")(),
-        model=build_model(family),
+        model=model,
         data=batches(family, num_grains=num_grains),
         total_steps=STEPS,
         **({"r": 3, "learning_rate": 2e-2} | settings | more),

@@ -2,7 +2,8 @@
 
 python -m tests.distributed.families CASES.json OUT.json
 
-A case: model (a family's name), method, and what may not change bits: ZeRO stage, where the run is cut and resumed.
+A case: model (a family's name), method, and what may not change bits: ZeRO stage, where the run is cut and resumed
+(with activation checkpointing).
 """
 
 import sys
@@ -27,6 +28,7 @@ def build(case, world):
         backbone=backbone_config(stage=case.get("stage", 0), world_size=world.world_size, **zero),
         adapter=adapter_config(world_size=world.world_size),
         start="resume" not in case,
+        gradient_checkpointing="resume" in case,
     )
 
 
