@@ -130,7 +130,7 @@ def _parse(path: str, content: bytes | dict[str, Any]) -> dict[str, Any] | str:
     return row
 
 
-def _detect_format(settings: DataSettings) -> str:
+def detect_format(settings: DataSettings) -> str:
     """Format of the first row that parses; the bad rows before it are reported when their turn comes."""
     path = settings.train_files[0]
     if is_text(path):
@@ -164,6 +164,27 @@ def _detect_format(settings: DataSettings) -> str:
             "set data.format, and the field names or templates that go with it",
         )
     raise DataError(path, None, "no row to detect the format from", "set data.format or drop the empty file")
+
+
+def answers_of(path: str, settings: DataSettings, format_: str) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    """(line, row, right answer) of a file's good rows: the completion, or what the assistant says last in a chat.
+
+    None: rows of this format have none. Bad rows, which are told where rows are tokenised, and text files are left out.
+    """
+    for line, content in read_rows(path):
+        answer = None
+        try:
+            row = _parse(path, content)
+            if not isinstance(row, dict):
+                continue
+            if format_ == "chat":
+                said = [m for m in _messages(row, settings.messages_field) if m["role"] == "assistant"]
+                answer = str(said[-1]["content"]) if said else ""
+            elif format_ in ("completion", "image_text"):
+                answer = _text_of(row, settings.completion_field, settings.completion_template)
+        except _BadRow:
+            continue
+        yield line, row, answer
 
 
 # ---- one row -> token ids and loss mask ----
@@ -558,7 +579,7 @@ class Tokenising:
 
     def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self.settings = settings
-        self.format = _detect_format(settings) if settings.format == "auto" else settings.format
+        self.format = detect_format(settings) if settings.format == "auto" else settings.format
         for path in settings.train_files:
             if is_text(path) and self.format != "text":
                 raise ValueError(

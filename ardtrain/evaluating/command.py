@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ardtrain import preflight
 from ardtrain.collectives import World
 from ardtrain.config import ConfigError, RunConfig, updated
+from ardtrain.data_rows import detect_format
 from ardtrain.data_sources import check_source
-from ardtrain.evaluating.held_out import Rows, evaluate_rows, held_out_figures
-from ardtrain.evaluating.intervals import Bootstrap, Figure
+from ardtrain.evaluating.generation import Decoding, end_tokens, generate_rows
+from ardtrain.evaluating.held_out import evaluate_rows
+from ardtrain.evaluating.intervals import Bootstrap
 from ardtrain.evaluating.model import Evaluated, EvaluatedAdapters, EvaluatedFull
+from ardtrain.evaluating.references import Known, read_known
+from ardtrain.evaluating.report import Report
 from ardtrain.evaluating.request import (
     CONFIG_FILE,
     FULL_MODEL,
@@ -25,14 +29,10 @@ from ardtrain.evaluating.request import (
     find_target,
     read_request,
 )
-from ardtrain.evaluation import HeldOut
-from ardtrain.faults import replace_file
+from ardtrain.evaluating.text_metrics import GENERATED, Answered
 from ardtrain.preflight import Prepared, prepare_config, read_run_config
 from ardtrain.run import Process, first_steps, run_together
 from ardtrain.session import Surroundings
-
-FIGURES, PREDICTIONS = "figures.json", "predictions.jsonl"
-logger = logging.getLogger("ardtrain")
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -47,6 +47,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     if target.path is None:
         config = updated(config, {"model_name_or_path": str(target.run_dir / FULL_MODEL), "revision": None})
     prepared = prepare_config(config, world_size=identity.world_size)
+    if set(metrics) & set(GENERATED):
+        refuse_unanswerable(config)
     out = Path(request.out) if request.out else target.run_dir / OUT_FOLDER / target.name
 
     def body(process: Process, around: Surroundings) -> None:
@@ -92,6 +94,23 @@ def with_finished_model(target: Target, config: RunConfig) -> Target:
     return target
 
 
+def refuse_unanswerable(config: RunConfig) -> None:
+    """ConfigError where the held-out rows have no prompts."""
+    assert config.data.eval_file is not None
+    settings = replace(preflight.data_settings(config), train_files=(config.data.eval_file,))
+    try:
+        format_ = detect_format(settings) if settings.format == "auto" else settings.format
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()) from error
+    if format_ == "text":
+        raise ConfigError(
+            [
+                f"--metrics: generated text needs rows with prompts, and those of {config.data.eval_file} are plain "
+                "text; give completions or chats, or choose loss, perplexity"
+            ]
+        )
+
+
 def open_model(prepared: Prepared, around: Surroundings, target: Target) -> Evaluated:
     """The checkpoint's model. All processes must call this."""
     if prepared.config.method == "full":
@@ -107,83 +126,85 @@ class Evaluation:
         self.model, self.metrics = model, metrics
         self.world: World = around.world
         self.between = around.watchdog.touch
-        config = model.prepared.config
-        block = config.evaluation
+        self.config = config = model.prepared.config
+        self.block = block = config.evaluation
         self.bootstrap = Bootstrap(block.bootstrap_samples, block.confidence, config.seed)
+        self.data = model.eval_data
+        self.generates = bool(set(metrics) & set(GENERATED))
+        if self.generates and config.packing:  # prompts are answered one by one
+            self.data = preflight.open_held_out(config, model.tokenizer, packing=False)
+        self.ids = [name for grain in self.data.grains() for name in self.data.sample_ids(grain)]
 
     def execute(self, out: Path, target: Target) -> None:
         """All processes must call this; process 0 writes."""
         start = time.monotonic()
-        held_out, rows = self._held_out()
-        figures: dict[str, Figure] = {}
+        report = Report(self.bootstrap)
+        known = self._known()
+        with self.model.bound():
+            if set(self.metrics) - set(GENERATED):
+                self._held_out(report, known)
+            if self.generates:
+                self._generated(report, known)
+            self.model.release()
         if self.world.is_main:
-            figures = held_out_figures(held_out, rows, self.metrics, self.bootstrap)
-            lines = held_out_lines(rows)
-            write(out, self._summary(target, held_out, figures, num_rows=len(lines)), lines)
-            tell(out, figures, seconds=time.monotonic() - start, num_rows=len(lines))
+            report.write(out, self._head(target))
+            report.tell(out, seconds=time.monotonic() - start)
         self.world.barrier("figures written")
 
-    def _held_out(self) -> tuple[HeldOut, Rows]:
-        model = self.model
-        with model.bound():
-            result = evaluate_rows(
-                model.module,
-                model.eval_data,
-                world=self.world,
-                logit_head=model.logit_head,
-                num_classes=len(model.prepared.shape.labels),
-                between=self.between,
-            )
-            model.release()
-        return result
+    def _known(self) -> Known | None:
+        """References and groups, on process 0; read before anything is computed. All processes must call this."""
+        known, problem = None, ""
+        if self.world.is_main and (self.generates or self.block.group_field is not None):
+            assert self.config.data.eval_file is not None
+            settings = preflight.data_settings(self.config)
+            try:
+                known = read_known(self.config.data.eval_file, self.ids, settings, self.data.format, self.block)
+            except ValueError as error:
+                problem = str(error)
+        problem = self.world.broadcast_text(problem)
+        if problem:
+            raise ConfigError([problem])
+        return known
 
-    def _summary(
-        self, target: Target, held_out: HeldOut, figures: Mapping[str, Figure], *, num_rows: int
-    ) -> dict[str, Any]:
-        """What figures.json holds: nothing in it hangs on the number of processes or on the clock."""
-        config = self.model.prepared.config
+    def _held_out(self, report: Report, known: Known | None) -> None:
+        model = self.model
+        held_out, rows = evaluate_rows(
+            model.module,
+            model.eval_data,
+            world=self.world,
+            logit_head=model.logit_head,
+            num_classes=len(model.prepared.shape.labels),
+            between=self.between,
+        )
+        if self.world.is_main:
+            wanted = [name for name in self.metrics if name not in GENERATED]
+            report.held_out(held_out, rows, wanted, None if known is None else known.groups)
+
+    def _generated(self, report: Report, known: Known | None) -> None:
+        model, module = self.model, self.model.module
+        decoding = Decoding(
+            self.block,
+            self.config.seed,
+            end_tokens(module, model.tokenizer.eos_token_id, preflight.model_source(self.config)),
+            self.data.pad_token_id,
+        )
+        sharded = model.prepared.plan.backbone_stage == 3
+        tokens = generate_rows(module, self.data, decoding, world=self.world, sharded=sharded, between=self.between)
+        if known is not None:
+            texts = [str(text) for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+            answered = Answered(texts, known.references, known.groups)
+            wanted = [name for name in self.metrics if name in GENERATED]
+            report.generated(answered, wanted, list(map(len, tokens)), self.ids)
+
+    def _head(self, target: Target) -> dict[str, Any]:
+        """What figures.json begins with: nothing in it hangs on the number of processes or on the clock."""
         return {
             "checkpoint": target.name,
             "step": self.model.step,
-            "task": config.task,
-            "method": config.method,
-            "data": config.data.eval_file,
-            "rows": num_rows,
-            "counts": self.model.eval_data.counts,
-            "metrics": {name: figure.to_json() for name, figure in figures.items()},
-            "held_out": {**held_out.numbers(), "num_tokens": held_out.num_tokens},
-            "intervals": {
-                "confidence": self.bootstrap.confidence,
-                "resamples": self.bootstrap.samples,
-                "seed": self.bootstrap.seed,
-            },
+            "task": self.config.task,
+            "method": self.config.method,
+            "data": self.config.data.eval_file,
+            "rows": len(self.ids),
+            "counts": self.data.counts,
+            "settings": {"seed": self.config.seed, **self.block.model_dump(mode="json")},
         }
-
-
-def held_out_lines(rows: Rows) -> list[dict[str, Any]]:
-    """A line of predictions.jsonl for each sample, in the file's order."""
-    lines: list[dict[str, Any]] = []
-    for index, name in enumerate(rows.ids):
-        line: dict[str, Any] = {"row": index, "id": name, "loss": float(rows.losses[index])}
-        if rows.num_classes:
-            line |= {"label": int(rows.classes[index]), "prediction": int(rows.predicted[index])}
-        else:
-            line["num_tokens"] = int(rows.targets[index])
-        lines.append(line)
-    return lines
-
-
-def write(out: Path, summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
-    """figures.json and predictions.jsonl, each whole or as before."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    replace_file(out / PREDICTIONS, text)
-    replace_file(out / FIGURES, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-
-
-def tell(out: Path, figures: Mapping[str, Figure], *, seconds: float, num_rows: int) -> None:
-    """The figures on the console."""
-    width = max((len(name) for name in figures), default=0)
-    for name, figure in figures.items():
-        print(f"{name:<{width}}  {figure.text()}")
-    print(f"{num_rows} rows in {seconds:.1f} s; figures and predictions: {out}", flush=True)

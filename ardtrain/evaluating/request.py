@@ -12,6 +12,7 @@ from ardtrain import checkpoint
 from ardtrain.checkpoint.finding import POINTERS
 from ardtrain.checkpoint.format import MANIFEST
 from ardtrain.config import ConfigError
+from ardtrain.evaluating.text_metrics import GENERATED, ROUGE, check_packages
 
 CONFIG_FILE = "config.yaml"
 OUT_FOLDER = "evaluation"  # in the run's folder
@@ -21,7 +22,14 @@ FULL_MODEL = "model"  # the folder of a finished run that trained all weights
 OF_TOKENS = ("loss", "perplexity")
 OF_PICTURES = (*OF_TOKENS, "token_match")
 OF_CLASSES = ("loss", "accuracy", "f1", "matthews_correlation")
-ALIASES = {"mcc": "matthews_correlation", "ppl": "perplexity", "eval_loss": "loss"}
+ALIASES = {
+    "mcc": ("matthews_correlation",),
+    "ppl": ("perplexity",),
+    "eval_loss": ("loss",),
+    "rouge": ROUGE,
+    "em": ("exact_match",),
+    "vqa": ("vqa_accuracy",),
+}
 HELD_OUT = {"causal_lm": OF_TOKENS, "image_text_to_text": OF_PICTURES, "sequence_classification": OF_CLASSES}
 
 
@@ -114,19 +122,22 @@ def chosen_metrics(asked: Sequence[str], *, task: str) -> tuple[str, ...]:
     """The metrics by their own names; those of the task where none is asked for.
 
     Raises:
-        ConfigError: one is unknown, or does not fit the task.
+        ConfigError: one is unknown, does not fit the task, or needs a package.
     """
-    fitting = HELD_OUT[task]
-    names = [ALIASES.get(name, name) for name in asked] or list(fitting)
-    errors = []
-    known = {name for names_ in HELD_OUT.values() for name in names_}
-    for given, name in zip(asked, names, strict=False):
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            guess = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+    fitting = (*HELD_OUT[task], *(() if task == "sequence_classification" else GENERATED))
+    known = sorted({name for names in HELD_OUT.values() for name in names} | set(GENERATED))
+    errors: list[str] = []
+    chosen: list[str] = []
+    for given in asked:
+        names = ALIASES.get(given, (given,))
+        if names[0] not in known:
+            near = difflib.get_close_matches(given, known, n=1)
+            guess = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             errors.append(f"--metrics: {given} is no metric; {guess}")
-        elif name not in fitting:
+        elif names[0] not in fitting:
             errors.append(f"--metrics: {given} does not fit task={task}; choose among {', '.join(fitting)}")
+        chosen += names
     if errors:
         raise ConfigError(errors)
-    return tuple(dict.fromkeys(names))
+    check_packages(chosen)
+    return tuple(dict.fromkeys(chosen or HELD_OUT[task]))

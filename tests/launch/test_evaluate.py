@@ -9,10 +9,32 @@ import pytest
 
 from tests.launch.test_full_worlds import classifier_run
 from tests.runs import lines, write_run
+from tests.tiny import save_tiny_llama
+from tests.tiny_paligemma import save_tiny_paligemma, write_rows
 
 pytestmark = pytest.mark.launch
 SHORT = {"max_steps": 8, "eval_steps": 4, "save_steps": 4, "elalora": None}
 ARD = {"init_warmup": 1, "final_warmup": 2, "resize_interval": 2, "alpha_interval": 1}
+
+
+BEAMS = (
+    "evaluation.max_new_tokens=8",
+    "evaluation.num_beams=3",
+    "evaluation.references_field=answers",
+    "evaluation.group_field=kind",
+)
+
+
+def pictures_run(folder):
+    """A PaliGemma-2 that trains two steps; its held-out rows have ten answers and a kind each."""
+    folder.mkdir()
+    save_tiny_paligemma(folder / "model")
+    write_rows(folder, "train", 12)
+    path = write_rows(folder, "dev", 9, seed=1)
+    rows = [row | {"answers": ["odd"] * 4 + ["even"] * 6, "kind": f"kind {n % 2}"} for n, row in enumerate(lines(path))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"task": "image_text_to_text", "max_steps": 2, "eval_steps": 2, "elalora": None}
+    return write_run(folder, "pictures", method="lora", **more)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +55,24 @@ def done(folder):
         whole = ["evaluate", str(folder / target), *out, "evaluation.bootstrap_samples=50", *arguments]
         starts[name] = {"arguments": whole, "world_size": world_size}
 
+    model = save_tiny_llama(folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    # So many tokens end an answer that processes end theirs at different places.
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, *range(30, 60)]}))
     train(write_run(folder, "gates", method="ard_lora", ard_lora=ARD, packing=True, **SHORT))
     evaluate("gates-middle", "gates/checkpoint-4", 1)
     evaluate("gates-one", "gates", 1)
     evaluate("gates-two", "gates", 2, "deepspeed=zero3_offload")
+    spoken = ("--metrics", "loss,em,rouge,bleu,chrf", "evaluation.max_new_tokens=10", "evaluation.do_sample=true")
+    evaluate("said-one", "gates", 1, *spoken)
+    evaluate("said-two", "gates", 2, *spoken, "deepspeed=zero3_offload")
     train(classifier_run(folder, "head", method="lora", save_steps=6, elalora=None))
     evaluate("head-one", "head/best", 1)
     evaluate("head-two", "head/best", 2, "deepspeed=zero3", "--metrics", "mcc,loss")
+    train(pictures_run(folder / "pictures"))
+    seen = ("--metrics", "token_match,vqa,cider,em", *BEAMS)
+    evaluate("seen-one", "pictures/pictures", 1, *seen)
+    evaluate("seen-two", "pictures/pictures", 2, *seen, "deepspeed=zero3")
     asked, answered = folder / "starts.json", folder / "results.json"
     asked.write_text(json.dumps(list(starts.values())))
     command = [sys.executable, "-m", "tests.launch.starts", str(asked), str(answered)]
@@ -101,3 +134,33 @@ def test_rows_add_up_to_the_figures_and_intervals_hold_them(folder, done):
     rows, found = lines(folder / "head-one" / "predictions.jsonl"), figures(folder, "head-one")
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert right / len(rows) == found["metrics"]["accuracy"]["value"]
+
+
+def test_answers_are_the_same_on_two_processes_that_end_at_different_places(folder, done):
+    for one, two in (("said-one", "said-two"), ("seen-one", "seen-two")):
+        for file in ("figures.json", "predictions.jsonl"):
+            assert (folder / one / file).read_bytes() == (folder / two / file).read_bytes()
+    lengths = [row["generated_tokens"] for row in lines(folder / "said-one" / "predictions.jsonl")]
+    assert min(lengths) < 4 and max(lengths) == 10
+
+
+def test_generated_rows_hold_text_references_and_scores(folder, done):
+    found, rows = figures(folder, "said-one"), lines(folder / "said-one" / "predictions.jsonl")
+    assert set(found["metrics"]) == {"loss", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"}
+    assert found["metrics"]["loss"] == figures(folder, "gates-one")["metrics"]["loss"]
+    assert [row["id"] for row in rows] == [row["id"] for row in lines(folder / "gates-one" / "predictions.jsonl")]
+    first = lines(folder / "dev.jsonl")[0]
+    assert rows[0]["references"] == [first["completion"]] and isinstance(rows[0]["text"], str)
+    assert sum(row["exact_match"] for row in rows) / 18 == found["metrics"]["exact_match"]["value"]
+    assert len({row["text"] for row in rows}) > 10
+
+
+def test_answers_about_pictures_by_kind(folder, done):
+    found = figures(folder, "seen-one")
+    own = logged(folder / "pictures", "pictures", 2)
+    assert found["held_out"]["exact_match"] == own["exact_match"] == found["metrics"]["token_match"]["value"]
+    kinds = found["groups"]["vqa_accuracy"]
+    assert [(name, kind["rows"]) for name, kind in kinds.items()] == [("kind 0", 5), ("kind 1", 4)]
+    assert set(found["groups"]) == {"vqa_accuracy", "cider", "exact_match"}
+    (row, *_) = lines(folder / "seen-one" / "predictions.jsonl")
+    assert row["references"] == ["odd"] * 4 + ["even"] * 6

@@ -46,6 +46,10 @@ def test_targets(tmp_path):
         (["{run}", "--data", "gone.jsonl"], "--data=gone.jsonl: data file 'gone.jsonl' does not exist"),
         (["{run}", "data.eval_file=null", "eval_steps=null"], "has no data.eval_file; give --data FILE"),
         (["{run}", "evaluation.confidence=1"], "evaluation.confidence=1 must be less than 1"),
+        (["{run}", "--metrics", "roug"], "--metrics: roug is no metric; did you mean rougeL?"),
+        (["{run}", "evaluation.do_sample=true", "evaluation.num_beams=2"], "sample, or search with beams"),
+        (["{run}", "evaluation.top_k=5"], "evaluation.top_k=5 has no effect without do_sample=true; set it"),
+        (["{run}", "evaluation.length_penalty=2"], "evaluation.length_penalty=2.0 has no effect with num_beams=1"),
         (["{run}", "--metric"], "ambiguous|unrecognized|expected one argument"),
     ],
 )
