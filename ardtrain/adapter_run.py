@@ -231,7 +231,7 @@ class AdapterRun(Session):
                 loop=asdict(self.trainer.state),
                 identity=self.identity,
                 write_adapter=lambda folder: self._write_adapter(folder, master, layout, gates),
-                is_best=self.best_step == step,
+                is_best=self.trainer.state.best_step == step,
             )
             wanted = self.config.zero_checkpoint
             if wanted == "all" or (wanted == "last" and reason in ("last", "stop")):

@@ -120,7 +120,7 @@ class FullRun(Session):
                 content,
                 {},
                 world_size=self.world.world_size,
-                is_best=self.best_step == step,
+                is_best=self.trainer.state.best_step == step,
                 limit=self.config.save_total_limit,
             )
         except saving.AfterwardsError as error:

@@ -70,6 +70,8 @@ def rehearsal_config(config: RunConfig, *, world_size: int) -> RunConfig:
         "warmup_ratio": 0.0,
         "eval_on_start": False,
         "eval_steps": None,
+        "early_stopping_patience": None,
+        "early_stopping_threshold": 0.0,
         "max_eval_samples": min(grain, config.max_eval_samples or grain),
         "logging_steps": 1,
         "check_every": 1,

@@ -20,8 +20,16 @@ from transformers import PreTrainedModel
 
 from ardtrain import __version__, checkpoint, preflight
 from ardtrain.backbones import DTYPES, init_head, load_config, load_model, quantize_base, take_quantization
+from ardtrain.best import Judge
 from ardtrain.collectives import World
-from ardtrain.config import ConfigError, RunConfig, dump_config, num_warmup_steps
+from ardtrain.config import (
+    ConfigError,
+    RunConfig,
+    best_metric,
+    dump_config,
+    is_greater_better,
+    num_warmup_steps,
+)
 from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE
 from ardtrain.engines import AdamSettings, start_deepspeed
 from ardtrain.engines_filling import can_fill_slices, fill_whole
@@ -88,7 +96,6 @@ class Session(ABC):
         self.prepared, self.config, self.world, self.run_dir = prepared, prepared.config, world, around.run_dir
         self.watchdog, self.stop_request, self.startup = around.watchdog, around.stop_request, around.startup
         self.launcher = identity.source
-        self.best_step = -1  # of the best evaluation; `best` names the checkpoint of the same step, if there is one
         if identity.local_rank == 0:
             for lock in remove_stale_locks(extensions_folder()):
                 logger.warning("removed %s, left by a compile that was killed", lock)
@@ -235,6 +242,12 @@ class Session(ABC):
             save_steps=config.save_steps,
             stop_poll_seconds=config.stop_poll_seconds,
             check_every=config.check_every,
+            judge=Judge(
+                best_metric(config.metric_for_best_model),
+                is_greater_better(config),
+                config.early_stopping_patience,
+                config.early_stopping_threshold,
+            ),
         )
 
     def execute(self) -> None:
@@ -306,7 +319,7 @@ class Session(ABC):
         self.records.evaluation(step, held_out)
         best = self.trainer.state.best_loss
         if best is None or held_out.loss < best:
-            self.trainer.state.best_loss, self.best_step = held_out.loss, step
+            self.trainer.state.best_loss = held_out.loss
 
     @abstractmethod
     def save(self, reason: str) -> None:
@@ -324,9 +337,19 @@ class Session(ABC):
             return
         if code is not StopCode.NONE:
             text = f"stopped at step {step} on request; with resume_from_checkpoint=auto the same command goes on"
+        elif self.trainer.waited_enough:
+            self.log.say(self._waited_text())
         self.log.say(text)
         best_loss = self.trainer.state.best_loss
         write_status(self.run_dir, STATE_AFTER[code], step, **self._place(), best_loss=best_loss)
+
+    def _waited_text(self) -> str:
+        state = self.trainer.state
+        best = "none" if state.best_value is None else f"{state.best_value:.4f} at step {state.best_step}"
+        return (
+            f"ended early at step {state.step}: {state.waited} evaluations were no better than the best "
+            f"eval_{state.best_metric}, {best} (early_stopping_patience={self.config.early_stopping_patience})"
+        )
 
     def _place(self) -> dict[str, Any]:
         """What `status.json` says of the processes, and how long the run is."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ardtrain import schedule
 from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views, group_adapters
 from ardtrain.arena import ArenaLayout
+from ardtrain.best import Judge
 from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
 from ardtrain.data import Batch
 from ardtrain.evaluation import Grains, HeldOut, LossSum, held_out_loss, loss_sum
@@ -120,6 +121,7 @@ class LoopSettings:
     save_steps: int | None
     stop_poll_seconds: float = 30.0
     check_every: int | None = None
+    judge: Judge = Judge()
 
 
 @dataclass
@@ -127,9 +129,10 @@ class LoopState:
     """What the loop carries from step to step beside the arena; a checkpoint stores every field.
 
     step: next optimizer step; exponent: of the exact sum; loss_scale: power of two, 1 unless fp16;
-    good_steps: since the scale last changed; skipped: void steps in a row; events: resizes so far; evaluated: steps
-    done at the last evaluation; pending_plan: the last step's plan was interrupted and is still to be made;
-    allocator_steps: the run's length that the method's schedule goes by.
+    good_steps: since the scale last changed; skipped: void steps in a row; events: resizes so far; best_metric,
+    best_value, best_step, waited: see best.Best; evaluated: steps done at the last evaluation; pending_plan: the last
+    step's plan was interrupted and is still to be made; allocator_steps: the run's length that the method's schedule
+    goes by.
     """
 
     step: int = 0
@@ -140,6 +143,10 @@ class LoopState:
     events: int = 0
     tokens_seen: int = 0
     best_loss: float | None = None
+    best_metric: str = ""
+    best_value: float | None = None
+    best_step: int = -1
+    waited: int = 0
     evaluated: int = -1
     pending_plan: bool = False
     allocator_steps: int = 0
@@ -235,7 +242,7 @@ class Trainer:
         if state.pending_plan:
             self._allocate(state.step - 1)
         self._evaluate_if_due()  # the one before the first step, or one that a stop interrupted
-        while state.step < total:
+        while state.step < total and not self.waited_enough:
             result = self.train_step()
             self.hooks.on_step(result)
             self.hooks.alive()
@@ -245,10 +252,16 @@ class Trainer:
             if result.stop_flag:
                 self.hooks.save("stop")
                 return result.stop_flag
-            if _due(state.step, self.settings.save_steps) or state.step == total:
-                self.hooks.save("last" if state.step == total else "step")
+            is_last = state.step == total or self.waited_enough
+            if _due(state.step, self.settings.save_steps) or is_last:
+                self.hooks.save("last" if is_last else "step")
                 self.hooks.alive()
         return 0
+
+    @property
+    def waited_enough(self) -> bool:
+        """Does training end early, as its held-out metric no longer gets better?"""
+        return self.settings.judge.is_done(self.state)
 
     def _evaluate_if_due(self) -> None:
         """Evaluates where the schedule says so and this step was not evaluated yet."""
@@ -262,6 +275,7 @@ class Trainer:
         if wanted:
             result = self.evaluate()
             self.state.evaluated = done
+            self.settings.judge.look(self.state, done, result.numbers())
             self.hooks.on_evaluate(done, result)
             self.hooks.alive()
 

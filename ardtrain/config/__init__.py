@@ -5,7 +5,7 @@ and `with_batch` (the global batch size), and written into the run folder by `du
 back to an equal object. Every mistake is a `ConfigError`: one line each of setting, value, rule, remedy; all at once.
 """
 
-from ardtrain.config.evaluation import EvaluationBlock
+from ardtrain.config.evaluation import EvaluationBlock, best_metric
 from ardtrain.config.launcher import LauncherBlock
 from ardtrain.config.models import (
     METHODS,
@@ -20,6 +20,7 @@ from ardtrain.config.models import (
     adapter_settings,
     alora_steps,
     ard_lora_warmups,
+    is_greater_better,
     num_warmup_steps,
     schedule_errors,
 )
@@ -55,8 +56,10 @@ __all__ = [
     "adapter_settings",
     "alora_steps",
     "ard_lora_warmups",
+    "best_metric",
     "check_schedule",
     "dump_config",
+    "is_greater_better",
     "load_config",
     "num_warmup_steps",
     "parse_config",

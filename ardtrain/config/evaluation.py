@@ -6,6 +6,19 @@ from pydantic import Field
 
 from ardtrain.config.block import Block
 
+# What a run logs of its held-out rows (evaluation.HeldOut.numbers), by task.
+LOGGED = {
+    "causal_lm": ("loss", "perplexity"),
+    "image_text_to_text": ("loss", "exact_match"),
+    "sequence_classification": ("loss", "accuracy", "f1", "matthews_correlation"),
+}
+
+
+def best_metric(name: str) -> str:
+    """A metric's own name: without Hugging Face's eval_, and mcc in full."""
+    plain = name.removeprefix("eval_")
+    return "matthews_correlation" if plain == "mcc" else plain
+
 
 class EvaluationBlock(Block):
     """`ardtrain evaluate`: generation and intervals. What a run's own held-out metrics are made of is not here."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from ardtrain.config.block import Block, tuple_of
-from ardtrain.config.evaluation import EvaluationBlock
+from ardtrain.config.evaluation import LOGGED, EvaluationBlock, best_metric
 from ardtrain.config.launcher import LauncherBlock
 
 Method = Literal["ard_lora", "elalora", "alora", "lora", "dora", "adalora", "full"]
@@ -360,6 +360,14 @@ class RunConfig(Block):
     """Held-out loss before the first step: the base's own, since adapters start at zero."""
     eval_steps: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)
+    metric_for_best_model: str = "loss"
+    """By which the file `best` names a checkpoint: a held-out metric as the run logs it, with or without eval_."""
+    greater_is_better: bool | None = None
+    """None: true, but for loss and perplexity."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """End after so many evaluations in a row that are no better; null: never."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """By how much an evaluation must be better than the best to count as better, in the metric's units."""
     evaluation: EvaluationBlock = EvaluationBlock()
     logging_steps: int = Field(default=10, ge=1)
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_without_none)] = ()
@@ -536,10 +544,33 @@ class RunConfig(Block):
         for name in ("eval_steps", "eval_on_start"):
             if getattr(self, name) and self.data.eval_file is None:
                 errors.append(f"{name}={getattr(self, name)} has no rows; set data.eval_file")
+        return [*errors, *self._best_errors()]
+
+    def _best_errors(self) -> list[str]:
+        errors = []
+        known, name = LOGGED[self.task], best_metric(self.metric_for_best_model)
+        if name not in known:
+            errors.append(
+                f"metric_for_best_model={self.metric_for_best_model} is not logged by task={self.task}; choose among "
+                f"{', '.join(known)}"
+            )
+        patience = self.early_stopping_patience
+        if patience is not None and self.eval_steps is None:
+            errors.append(f"early_stopping_patience={patience} waits for evaluations; set eval_steps")
+        if self.early_stopping_threshold and patience is None:
+            errors.append(
+                f"early_stopping_threshold={self.early_stopping_threshold} has no effect; set early_stopping_patience"
+            )
         return errors
 
     def _schedule_errors(self) -> list[str]:
         return schedule_errors(self, self.max_steps) if self.max_steps is not None else []
+
+
+def is_greater_better(config: RunConfig) -> bool:
+    """Is a greater metric_for_best_model the better one?"""
+    smaller = best_metric(config.metric_for_best_model) in ("loss", "perplexity")
+    return not smaller if config.greater_is_better is None else config.greater_is_better
 
 
 class AdapterSettings(Block):

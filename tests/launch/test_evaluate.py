@@ -66,7 +66,11 @@ def done(folder):
     spoken = ("--metrics", "loss,em,rouge,bleu,chrf", "evaluation.max_new_tokens=10", "evaluation.do_sample=true")
     evaluate("said-one", "gates", 1, *spoken)
     evaluate("said-two", "gates", 2, *spoken, "deepspeed=zero3_offload")
-    train(classifier_run(folder, "head", method="lora", save_steps=6, elalora=None))
+    still = {"learning_rate": "1e-9", "early_stopping_patience": 2, "early_stopping_threshold": 0.5}
+    waits = write_run(folder, "waits", method="lora", max_steps=12, eval_steps=2, save_steps=2, elalora=None, **still)
+    train(waits)
+    starts["waits-again"] = {"config": str(waits), "world_size": 1, "overrides": ["resume_from_checkpoint=auto"]}
+    train(classifier_run(folder, "head", metric_for_best_model="accuracy", method="lora", save_steps=6, elalora=None))
     evaluate("head-one", "head/best", 1)
     evaluate("head-two", "head/best", 2, "deepspeed=zero3", "--metrics", "mcc,loss")
     train(pictures_run(folder / "pictures"))
@@ -164,3 +168,21 @@ def test_answers_about_pictures_by_kind(folder, done):
     assert set(found["groups"]) == {"vqa_accuracy", "cider", "exact_match"}
     (row, *_) = lines(folder / "seen-one" / "predictions.jsonl")
     assert row["references"] == ["odd"] * 4 + ["even"] * 6
+
+
+def test_a_run_that_gets_no_better_ends_early_and_stays_ended(folder, done):
+    """Evaluations after steps 2, 4 and 6; the rate is so small that none is better by the threshold."""
+    steps = [m["step"] for m in lines(folder / "waits" / "metrics.jsonl") if "eval_loss" in m]
+    assert steps == [2, 4, 6]
+    assert (folder / "waits" / "status").read_text().split()[:2] == ["finished", "6"]
+    assert (folder / "waits" / "latest").read_text().strip() == "checkpoint-6"
+    assert (folder / "waits" / "adapter" / "adapter_model.safetensors").is_file()
+    for name in ("waits", "waits-again"):
+        assert "ended early at step 6: 2 evaluations were no better than the best eval_loss" in done[name]["logs"]
+
+
+def test_best_names_the_checkpoint_of_the_best_accuracy(folder, done):
+    found = {m["step"]: m["eval_accuracy"] for m in lines(folder / "head" / "metrics.jsonl") if "eval_loss" in m}
+    best = max(found, key=lambda step: (found[step], -step))
+    assert (folder / "head" / "best").read_text().strip() == f"checkpoint-{best}"
+    assert figures(folder, "head-one")["metrics"]["accuracy"]["value"] == found[best]
