@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,13 @@ from ardtrain.evaluating.request import (
     find_target,
     read_request,
 )
+from ardtrain.evaluating.tasks import TaskRequest, check_tasks, run_tasks
 from ardtrain.evaluating.text_metrics import GENERATED, Answered
 from ardtrain.preflight import Prepared, prepare_config, read_run_config
 from ardtrain.run import Process, first_steps, run_together
 from ardtrain.session import Surroundings
+
+TASKS_SECONDS = 24 * 3600.0  # the watchdog's patience with lm-eval, which tells nothing meanwhile
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -40,7 +43,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     request = read_request(arguments)
     target = find_target(request.target)
     config = evaluated_config(request, target, world_size=1)  # mistakes are told before anything starts
-    metrics = chosen_metrics(request.metrics, task=config.task)
+    metrics: tuple[str, ...] = ()
+    if request.metrics or request.tasks is None:
+        metrics = chosen_metrics(request.metrics, task=config.task)
+    manager = None if request.tasks is None else check_tasks(request.tasks, task=config.task)
     startup, identity, device = first_steps()
     config = evaluated_config(request, target, world_size=identity.world_size)
     target = with_finished_model(target, config)
@@ -52,7 +58,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     out = Path(request.out) if request.out else target.run_dir / OUT_FOLDER / target.name
 
     def body(process: Process, around: Surroundings) -> None:
-        Evaluation(open_model(prepared, around, target), around, metrics).execute(out, target)
+        model = open_model(prepared, around, target)
+        Evaluation(model, around, metrics, tasks=request.tasks, manager=manager).execute(out, target)
 
     return run_together(config, out, identity, device, startup, body)
 
@@ -65,6 +72,8 @@ def evaluated_config(request: Request, target: Target, *, world_size: int) -> Ru
     """
     config, _ = read_run_config(target.run_dir / CONFIG_FILE, request.overrides, world_size=world_size)
     path = request.data if request.data is not None else config.data.eval_file
+    if path is None and request.tasks is not None and not request.metrics:
+        path = config.data.train_file[0]  # lm-eval brings its own rows; these are opened and not evaluated
     if path is None:
         raise ConfigError(
             [f"--data is missing and the run {target.run_dir} has no data.eval_file; give --data FILE of held-out rows"]
@@ -122,14 +131,25 @@ def open_model(prepared: Prepared, around: Surroundings, target: Target) -> Eval
 class Evaluation:
     """One evaluation on this process: passes over the rows, figures, files."""
 
-    def __init__(self, model: Evaluated, around: Surroundings, metrics: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: Evaluated,
+        around: Surroundings,
+        metrics: Sequence[str],
+        *,
+        tasks: TaskRequest | None = None,
+        manager: Any = None,
+    ) -> None:
+        """metrics: of our own, which may be none; tasks, manager: lm-eval's (check_tasks)."""
         self.model, self.metrics = model, metrics
         self.world: World = around.world
-        self.between = around.watchdog.touch
+        self.touch = around.watchdog.touch
+        self.between: Callable[[], None] = around.watchdog.touch
         self.config = config = model.prepared.config
         self.block = block = config.evaluation
         self.bootstrap = Bootstrap(block.bootstrap_samples, block.confidence, config.seed)
         self.data = model.eval_data
+        self.tasks, self.manager = tasks, manager
         self.generates = bool(set(metrics) & set(GENERATED))
         if self.generates and config.packing:  # prompts are answered one by one
             self.data = preflight.open_held_out(config, model.tokenizer, packing=False)
@@ -145,6 +165,8 @@ class Evaluation:
                 self._held_out(report, known)
             if self.generates:
                 self._generated(report, known)
+            if self.tasks is not None:
+                self._of_tasks(report, self.tasks)
             self.model.release()
         if self.world.is_main:
             report.write(out, self._head(target))
@@ -196,6 +218,22 @@ class Evaluation:
             wanted = [name for name in self.metrics if name in GENERATED]
             report.generated(answered, wanted, list(map(len, tokens)), self.ids)
 
+    def _of_tasks(self, report: Report, tasks: TaskRequest) -> None:
+        """lm-eval's tasks; the watchdog waits for all of them."""
+        self.touch(TASKS_SECONDS)
+        results = run_tasks(
+            self.model.module,
+            self.model.tokenizer,
+            tasks,
+            self.manager,
+            device=self.world.device,
+            batch_size=self.config.per_device_eval_batch_size,
+            bootstrap_samples=self.block.bootstrap_samples,
+        )
+        self.between()
+        if self.world.is_main:
+            report.of_tasks(results)
+
     def _head(self, target: Target) -> dict[str, Any]:
         """What figures.json begins with: nothing in it hangs on the number of processes or on the clock."""
         return {
@@ -204,7 +242,7 @@ class Evaluation:
             "task": self.config.task,
             "method": self.config.method,
             "data": self.config.data.eval_file,
-            "rows": len(self.ids),
-            "counts": self.data.counts,
+            "rows": len(self.ids) if self.metrics else 0,
+            "counts": self.data.counts if self.metrics else {},
             "settings": {"seed": self.config.seed, **self.block.model_dump(mode="json")},
         }

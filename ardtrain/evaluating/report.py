@@ -11,6 +11,7 @@ import numpy as np
 
 from ardtrain.evaluating.held_out import Rows, held_out_figures
 from ardtrain.evaluating.intervals import Bootstrap, Figure, Floats
+from ardtrain.evaluating.tasks import sample_lines, task_figures
 from ardtrain.evaluating.text_metrics import BY_ROW, Answered, by_group, figure_of_all, row_scores
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import replace_file
@@ -28,6 +29,9 @@ class Report:
         self.groups: dict[str, dict[str, tuple[int, Figure]]] = {}  # metric -> group -> rows and figure
         self.logged: dict[str, float] = {}  # as training logs them
         self.lines: dict[str, dict[str, Any]] = {}  # by the row's place in its file
+        self.tasks: dict[str, dict[str, Figure]] = {}  # lm-eval's: task -> metric -> figure
+        self.task_rows: dict[str, Sequence[str]] = {}
+        self.task_notes: dict[str, Any] = {}
 
     def held_out(
         self, held_out: HeldOut, rows: Rows, wanted: Sequence[str], groups: Sequence[str | None] | None
@@ -60,6 +64,16 @@ class Report:
             for line, score in zip(lines, scores, strict=True):
                 line[name] = float(score)
 
+    def of_tasks(self, results: dict[str, Any]) -> None:
+        """What lm-eval found."""
+        self.tasks = task_figures(results, confidence=self._bootstrap.confidence)
+        self.task_rows = {name: sample_lines(results, name) for name in results.get("samples", {})}
+        self.task_notes = {
+            "versions": results.get("versions", {}),
+            "num_fewshot": results.get("n-shot", {}),
+            "rows": {name: counts["effective"] for name, counts in results.get("n-samples", {}).items()},
+        }
+
     def _line(self, name: str) -> dict[str, Any]:
         return self.lines.setdefault(name, {"row": len(self.lines), "id": name})
 
@@ -80,6 +94,11 @@ class Report:
             },
             "held_out": self.logged,
         }
+        if self.tasks:
+            figures = {task: {n: f.to_json() for n, f in found.items()} for task, found in self.tasks.items()}
+            whole["tasks"] = {"figures": figures, **self.task_notes}
+        for task, rows in self.task_rows.items():
+            replace_file(out / f"samples_{task}.jsonl", "".join(f"{row}\n" for row in rows))
         replace_file(out / PREDICTIONS, "".join(_json(line) + "\n" for line in self.lines.values()))
         replace_file(out / FIGURES, _json(whole, indent=1) + "\n")
 
@@ -89,10 +108,12 @@ class Report:
         for metric, found in self.groups.items():
             shown = list(found.items())[:_GROUPS_TOLD]
             lines += [(f"{metric}, {name}", f"{figure.text()} of {rows} rows") for name, (rows, figure) in shown]
+        lines += [(f"{task}, {n}", f.text()) for task, found in self.tasks.items() for n, f in found.items()]
         width = max((len(name) for name, _ in lines), default=0)
         for name, text in lines:
             print(f"{name:<{width}}  {text}")
-        print(f"{len(self.lines)} rows in {seconds:.1f} s; figures and predictions: {out}", flush=True)
+        rows = len(self.lines) + sum(map(len, self.task_rows.values()))
+        print(f"{rows} rows in {seconds:.1f} s; figures and predictions: {out}", flush=True)
 
 
 def _json(value: object, **how: Any) -> str:

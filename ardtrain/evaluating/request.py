@@ -12,6 +12,7 @@ from ardtrain import checkpoint
 from ardtrain.checkpoint.finding import POINTERS
 from ardtrain.checkpoint.format import MANIFEST
 from ardtrain.config import ConfigError
+from ardtrain.evaluating.tasks import TaskRequest
 from ardtrain.evaluating.text_metrics import GENERATED, ROUGE, check_packages
 
 CONFIG_FILE = "config.yaml"
@@ -35,13 +36,17 @@ HELD_OUT = {"causal_lm": OF_TOKENS, "image_text_to_text": OF_PICTURES, "sequence
 
 @dataclass(frozen=True)
 class Request:
-    """The command line, taken apart; nothing was looked up yet. metrics: () for those of the task."""
+    """The command line, taken apart; nothing was looked up yet.
+
+    metrics: () for those of the run's task, or for none where lm-eval's tasks are asked for.
+    """
 
     target: str
     overrides: tuple[str, ...] = ()
     data: str | None = None
     metrics: tuple[str, ...] = ()
     out: str | None = None
+    tasks: TaskRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,23 @@ def read_request(arguments: Sequence[str]) -> Request:
     parser.add_argument("--data", metavar="FILE", help="held-out rows (default: the run's data.eval_file)")
     parser.add_argument("--metrics", metavar="A,B", help="which, with commas between; default: those of the task")
     parser.add_argument("--out", metavar="DIR", help="default: RUN/evaluation/CHECKPOINT")
+    parser.add_argument("--tasks", metavar="A,B", help="lm-eval's tasks, such as arc_easy")
+    parser.add_argument("--include_path", metavar="DIR", help="of --tasks: a folder with task files of your own")
+    parser.add_argument("--num_fewshot", type=int, metavar="N", help="of --tasks: examples before each question")
+    parser.add_argument("--limit", type=int, metavar="N", help="of --tasks: only so many rows of each")
     given = parser.parse_intermixed_args(arguments)
-    metrics = tuple(name.strip() for name in (given.metrics or "").split(",") if name.strip())
-    return Request(given.target, tuple(given.overrides), given.data, metrics, given.out)
+    names, tasks = _listed(given.tasks), None
+    if names:
+        tasks = TaskRequest(names, given.include_path, given.num_fewshot, given.limit)
+    for flag in ("include_path", "num_fewshot", "limit"):
+        if tasks is None and getattr(given, flag) is not None:
+            raise ConfigError([f"--{flag} goes with --tasks; name some, or remove it"])
+    return Request(given.target, tuple(given.overrides), given.data, _listed(given.metrics), given.out, tasks)
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    """The names in a text with commas between them."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def find_target(text: str) -> Target:

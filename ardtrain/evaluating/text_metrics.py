@@ -59,7 +59,7 @@ def row_scores(name: str, answered: Answered) -> Floats:
         return np.array([vqa_accuracy(text, references) for text, references in pairs])
     if name == "cider":
         return _cider(answered)
-    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+    from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer([name])
     return np.array([scorer.score_multi(references, text)[name].fmeasure for text, references in pairs])
@@ -67,7 +67,7 @@ def row_scores(name: str, answered: Answered) -> Floats:
 
 def _cider(answered: Answered) -> Floats:
     """How rare the common n-grams are is counted over these rows' references."""
-    from pycocoevalcap.cider.cider import Cider  # type: ignore[import-untyped]
+    from pycocoevalcap.cider.cider import Cider
 
     truth = {row: [_caption(text) for text in texts] for row, texts in enumerate(answered.references)}
     given = {row: [_caption(text)] for row, text in enumerate(answered.texts)}
@@ -77,7 +77,7 @@ def _cider(answered: Answered) -> Floats:
 
 def _caption(text: str) -> str:
     """Lower-case Treebank tokens without punctuation; the challenge's own tokenizer does this in Java."""
-    from nltk.tokenize import TreebankWordTokenizer  # type: ignore[import-untyped]
+    from nltk.tokenize import TreebankWordTokenizer
 
     return " ".join(token for token in TreebankWordTokenizer().tokenize(text.lower()) if token not in _NO_WORDS)
 
