@@ -127,6 +127,7 @@ function rankSections() {
 function siteCard() {
   const card = cards("map-cards")();
   card.id = "site";
+  if (WITH_RANKS.length > 1) card.classList.add("span");
   changed.push(() => {
     if (!state.site) { card.replaceChildren(el("p", { class: "note" }, "Click a cell, or find a matrix by name, to see its history.")); return; }
     if (card.dataset.site === state.site.name) return;
@@ -145,7 +146,7 @@ function siteCard() {
       const heads = sites.length > 1 && sites.length <= 64 ? sites.map((s) => ({ name: "", colour: runColour(run.index), faint: true, step: true, x, y: of([s]) })) : [];
       return [{ name: label(run, sites.length > 1 ? "all heads" : "rank"), colour: runColour(run.index), step: true, x, y: of(sites) }, ...heads];
     }) }));
-    if (found.some(({ run }) => run.ranks.scores)) lineChart(second, "Mean score before each event (logarithmic)", () => ({ log: true, series: found.filter(({ run }) => run.ranks.scores).map(({ run, sites }) => {
+    if (found.some(({ run }) => run.ranks.scores)) lineChart(second, "Mean score before each event (logarithmic" + (new Set(found.map(({ run }) => run.method)).size > 1 ? "; each method has a scale of its own)" : ")"), () => ({ log: true, series: found.filter(({ run }) => run.ranks.scores).map(({ run, sites }) => {
       const scores = run.ranks.scores;
       return { name: label(run, "score"), colour: runColour(run.index), x: scores.steps, y: scores.rows.map((row) => sites.reduce((t, s) => t + scoreOf(scores, row[s]), 0) / sites.length) };
     }) }));
@@ -175,7 +176,7 @@ function decisions(run) {
   const body = el("tbody", {}, ...ranks.events.map((e) => el("tr", { class: "click", title: "show the ranks after this event", on: { click: () => set({ step: e.step }) } },
     ...numbers.map((n) => el("td", { class: "number" }, String(e[n]))), ...names.map((n) => el("td", { class: "number" }, short(e.scores[n]))),
     el("td", { class: "number" }, e.seconds === null ? "" : short(1000 * e.seconds)), el("td", { class: "reason" }, e.reason))));
-  const lines = names.filter((n) => ranks.events.some((e) => e.scores[n] > 0));
+  const lines = names.filter((n) => !/^num_|forwards|fraction/.test(n) && ranks.events.some((e) => e.scores[n] > 0));
   if (lines.length && ranks.events.length > 1) {
     const positive = lines.every((n) => ranks.events.every((e) => !Number.isFinite(e.scores[n]) || e.scores[n] > 0));
     lineChart(card, positive ? "Scores that decided (logarithmic)" : "Scores that decided", () => ({ log: positive, series: lines.slice(0, 8).map((n, i) => ({ name: n.replaceAll("_", " "), colour: kindColour(i), x: ranks.events.map((e) => e.step), y: ranks.events.map((e) => e.scores[n] ?? NaN) })) }), { height: 160 });
