@@ -32,7 +32,9 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
                                              held-out loss and metrics with intervals, on any number of processes
        ardtrain merge RUN|CHECKPOINT --out DIR [--check] [--push-to-hub REPO [--private]] [a.b=c ...]
                                              the base with the adapter in its weights, file by file
-       ardtrain compare SUITE [a.b=c ...]    methods x learning rates x seeds, and a table; goes on where it stopped
+       ardtrain compare SUITE [a.b=c ...]    methods x budgets x rates x seeds, and a table; goes on where it stopped
+       ardtrain compare --table RESULTS.json [--out FILE.md] [--picture FILE.png]
+                                             the table of a finished suite again, from its record
        ardtrain new --task sft|classification|vqa --model M [--method M] [--data F] [--eval F] [--out F]
                                              a commented config to start from
        ardtrain suggest CONFIG [--gpus N] [--nodes M] [--gpu h100] [--out FILE] [a.b=c ...]
@@ -240,6 +242,10 @@ def _merge(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
+    if "--table" in arguments:
+        from ardtrain.compare.again import table_again
+
+        return table_again([a for a in arguments if a != "--table"])
     suite, *overrides = _one(arguments, "compare", "suite.yaml")
     _name_the_accelerator()
     from ardtrain.compare import compare

@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from ardtrain import __version__
+from ardtrain.compare.drawing import draw, draw_budgets
 from ardtrain.compare.plan import Failure, Outcomes, RunResult, choose_rate
 from ardtrain.compare.suite import Suite
-from ardtrain.compare.tables import csv_text, draw, markdown_text, notes, table_rows, unequal_parameters, verdicts
+from ardtrain.compare.tables import (
+    csv_text,
+    markdown_text,
+    notes,
+    table_rows,
+    unequal_parameters,
+    verdicts,
+    verdicts_over_budgets,
+)
 from ardtrain.faults import replace_file
 
 _ABSOLUTE = re.compile(r"(?<![\w.])/(?:[^\s/:()]+/)*([^\s/:()]+/[^\s/:()]+)")
@@ -41,7 +50,7 @@ def write_report(suite: Suite, written: Mapping[str, Any], outcomes: Outcomes) -
             }
             for c in choices
         },
-        "verdicts": verdicts(suite, rows),
+        "verdicts": [*verdicts_over_budgets(suite, rows), *verdicts(suite, rows)],
         "notes": without_machine_paths(notes(suite, outcomes)),
         "rows": [row.to_json() for row in rows],
         "runs": [o.to_json() for _, o in sorted(outcomes.items()) if isinstance(o, RunResult)],
@@ -53,9 +62,13 @@ def write_report(suite: Suite, written: Mapping[str, Any], outcomes: Outcomes) -
     replace_file(root / "table.csv", csv_text(rows))
     text = markdown_text(suite, outcomes)
     replace_file(root / "table.md", text)
+    files = "results.json, table.csv, table.md, table.png"
     if rows:
         draw(suite, rows, root / "table.png")
-    print(f"\n{text}\nfiles: {root}/results.json, table.csv, table.md, table.png", flush=True)
+    if rows and suite.budgets:
+        draw_budgets(suite, rows, root / "budgets.png")
+        files += ", budgets.png"
+    print(f"\n{text}\nfiles: {root}/{files}", flush=True)
     lost = any(isinstance(o, RunResult) and o.key.part == "test" and o.value(metric) is None for o in outcomes.values())
     return bool(record["failed"] or lost or unequal_parameters(suite, outcomes) or not rows)
 

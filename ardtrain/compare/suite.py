@@ -40,6 +40,25 @@ class MethodEntry(Block):
     """A run's settings put over `base`, such as {r: 12, adalora: {target_r: 8, ...}}."""
     learning_rates: Annotated[Rates, Field(min_length=1)] | None = None
     """None: the suite's."""
+    in_budgets: bool = True
+    """false: it runs once, whatever the budgets, as `full` always does."""
+    budget: str | None = None
+    """Which of `budgets` this entry was made for; not to be written."""
+    reference: str | None = None
+    """The method it is compared with; None: the suite's."""
+
+
+class BudgetEntry(Block):
+    """One size at which the methods are compared: settings over those of every method."""
+
+    settings: dict[str, Any] = {}
+    """Of all methods, such as {r: 4}."""
+    methods: dict[str, dict[str, Any]] = {}
+    """Over them, of one method, such as {adalora: {r: 6, adalora: {target_r: 4}}}."""
+
+
+class _Budgets(Block):
+    budgets: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], BudgetEntry], Field(min_length=1)]
 
 
 class TuningBlock(Block):
@@ -171,6 +190,15 @@ class Suite(Block):
             )
         return errors
 
+    def reference_of(self, method: str) -> str:
+        """What the method is compared with: the reference of its own budget."""
+        return self.methods[method].reference or self.reference
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """Names of the sizes compared, in their order; empty where there is one alone."""
+        return tuple(dict.fromkeys(entry.budget for entry in self.methods.values() if entry.budget is not None))
+
     @property
     def tuning_metric(self) -> tuple[str, Mode]:
         """What the rate is chosen by."""
@@ -233,13 +261,52 @@ def read_suite(
     errors = secret_errors(written)
     raw = _expanded(written, environment or {}, errors)
     try:
-        suite = Suite.model_validate(raw)
+        suite = Suite.model_validate(with_budgets(raw))
     except ValidationError as failure:
         raise ConfigError([*errors, *_lines(failure)]) from None
     if errors:
         raise ConfigError(errors)
     check_runs(suite)
     return suite, written
+
+
+def with_budgets(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping of a suite in which `budgets` are worked into `methods`: elalora at r4 becomes the method elalora-r4.
+
+    Raises:
+        ValidationError: a budget holds something else. ConfigError: it names a method that there is not.
+    """
+    out = dict(raw)
+    methods, reference = out.get("methods"), str(out.get("reference", "lora"))
+    if "budgets" not in out or not isinstance(methods, dict) or not all(isinstance(e, dict) for e in methods.values()):
+        return out  # what is wrong with the methods is said by the suite
+    budgets = _Budgets.model_validate({"budgets": out.pop("budgets")}).budgets
+    errors = [
+        f"budgets.{budget}.methods.{method} is none of the methods; name one: {', '.join(map(str, methods))}"
+        for budget, entry in budgets.items()
+        for method in entry.methods
+        if method not in methods
+    ]
+    if reference not in methods:
+        errors.append(f"reference={reference} is none of the methods; name one: {', '.join(map(str, methods))}")
+    if errors:
+        raise ConfigError(errors)
+    alone = {n for n, e in methods.items() if not e.get("in_budgets", True) or e.get("method") == "full"}
+    expanded: dict[str, Any] = {}
+    for budget, entry in budgets.items():
+        for name, own in methods.items():
+            if name not in alone:
+                settings = merged(merged(own.get("settings") or {}, entry.settings), entry.methods.get(name, {}))
+                expanded[f"{name}-{budget}"] = {
+                    **own, "settings": settings, "budget": budget, "reference": f"{reference}-{budget}",
+                }  # fmt: skip
+    out["methods"] = expanded | {name: methods[name] for name in methods if name in alone}
+    if reference not in alone:
+        out["reference"] = f"{reference}-{list(budgets)[-1]}"
+    else:
+        for own in expanded.values():
+            own["reference"] = reference
+    return out
 
 
 def run_mapping(suite: Suite, key: RunKey) -> dict[str, Any]:
@@ -349,6 +416,7 @@ def _unknown(path: list[str]) -> str:
     inside: dict[str, type[Block]] = {
         "": Suite,
         "methods": MethodEntry,
+        "budgets": BudgetEntry,
         "tuning": TuningBlock,
         "split_eval": SplitBlock,
         "equal_parameters": EqualParameters,

@@ -1,4 +1,4 @@
-"""The report: medians and intervals, plain sentences, notes; CSV, Markdown, picture. Pure but for the picture."""
+"""The report: medians and intervals, plain sentences, notes; CSV and Markdown. Pure; `drawing.py` has the pictures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from ardtrain.compare.plan import Choice, Failure, Outcomes, RunResult, choose_rate, counting_keys
@@ -97,18 +94,19 @@ def table_rows(suite: Suite, outcomes: Outcomes) -> list[Row]:
                 values.setdefault((method, key.learning_rate), {})[key.seed] = outcome
     rows = []
     for (method, rate), results in values.items():
-        reference = _reference_of(suite, rate, values)
-        rows.append(_row(suite.metric, method, rate, results, {} if method == suite.reference else reference))
+        reference = suite.reference_of(method)
+        theirs = {} if method == reference else _runs_of(suite, reference, rate, values)
+        rows.append(_row(suite.metric, method, rate, results, theirs))
     return rows
 
 
-def _reference_of(
-    suite: Suite, rate: float, values: dict[tuple[str, float], dict[int, RunResult]]
+def _runs_of(
+    suite: Suite, reference: str, rate: float, values: dict[tuple[str, float], dict[int, RunResult]]
 ) -> dict[int, RunResult]:
     """The reference's runs: at its own best rate after tuning, at the same rate without."""
     if suite.tuning is None:
-        return values.get((suite.reference, rate), {})
-    return next((results for (method, _), results in values.items() if method == suite.reference), {})
+        return values.get((reference, rate), {})
+    return next((results for (method, _), results in values.items() if method == reference), {})
 
 
 def _row(metric: str, method: str, rate: float, results: dict[int, RunResult], reference: dict[int, RunResult]) -> Row:
@@ -158,9 +156,28 @@ def verdicts(suite: Suite, rows: Sequence[Row]) -> list[str]:
     several = {row.method for row in rows if sum(other.method == row.method for other in rows) > 1}
     names = [f"{row.method} at {row.learning_rate:g}" if row.method in several else row.method for row in rows]
     return [
-        verdict(row, name=name, metric=metric, mode=mode, reference=suite.reference)
+        verdict(row, name=name, metric=metric, mode=mode, reference=suite.reference_of(row.method))
         for row, name in zip(rows, names, strict=True)
-        if row.method != suite.reference
+        if row.method != suite.reference_of(row.method)
+    ]
+
+
+def verdicts_over_budgets(suite: Suite, rows: Sequence[Row]) -> list[str]:
+    """A sentence for each method that ran at several sizes: where it is better, worse, or neither."""
+    _, mode = suite.table_metric
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        budget, reference = suite.methods[row.method].budget, suite.reference_of(row.method)
+        if budget is None or row.method == reference or row.difference is None or row.difference.interval is None:
+            continue
+        low, high = row.difference.interval
+        kind = "no difference beyond noise"
+        if not low <= 0.0 <= high:
+            kind = "better" if (row.difference.mean < 0.0) == (mode == "min") else "worse"
+        found.setdefault(row.method.removesuffix(f"-{budget}"), {}).setdefault(kind, []).append(budget)
+    return [
+        f"{method}: " + "; ".join(f"{kind} at {', '.join(budgets)}" for kind, budgets in kinds.items()) + "."
+        for method, kinds in found.items()
     ]
 
 
@@ -176,20 +193,21 @@ def unequal_parameters(suite: Suite, outcomes: Outcomes) -> list[str]:
                 if outcome.parameters_final is None:
                     return [f"NOT COMPARED: {key} says nothing of its final parameters."]
                 finals.setdefault(method, []).append(outcome.parameters_final)
-    if suite.reference not in finals:
-        return (
-            [f"NOT COMPARED: no finished run of {suite.reference} tells the parameters to be equal to."]
-            if finals
-            else []
-        )
-    reference = statistics.median(finals[suite.reference])
-    lines = []
+    lines = [
+        f"NOT COMPARED: no finished run of {name} tells the parameters to be equal to."
+        for name in dict.fromkeys(map(suite.reference_of, finals))
+        if name not in finals
+    ]
     for method, counts in finals.items():
+        name = suite.reference_of(method)
+        if name not in finals:
+            continue
+        reference = statistics.median(finals[name])
         worst = max(counts, key=lambda count: abs(count - reference))
         if abs(worst - reference) > suite.equal_parameters.tolerance * reference:
             lines.append(
                 f"NOT EQUAL: {method} ends with {worst:,} trainable parameters, {worst / reference - 1.0:+.1%} against "
-                f"{suite.reference}'s {reference:,.0f}; tolerance {suite.equal_parameters.tolerance:.1%}."
+                f"{name}'s {reference:,.0f}; tolerance {suite.equal_parameters.tolerance:.1%}."
             )
     return lines
 
@@ -263,13 +281,16 @@ def markdown_text(suite: Suite, outcomes: Outcomes) -> str:
     """Table, sentences and notes."""
     metric, mode = suite.table_metric
     rows = table_rows(suite, outcomes)
+    against = suite.reference
+    if suite.budgets:  # each method at a size is compared with the reference at that size
+        against = f"{against.removesuffix(f'-{suite.budgets[-1]}')} of that size"
     lines = [
         f"# {suite.name}",
         "",
         f"{metric} at the end of each run, {'lower' if mode == 'min' else 'higher'} is better. [ ]: 95 % intervals, of "
         "the median by bootstrap, of the paired difference (same seeds) by Student's t.",
         "",
-        f"| Method | Rate | Seeds | Median | Mean (standard deviation) | Difference to {suite.reference} "
+        f"| Method | Rate | Seeds | Median | Mean (standard deviation) | Difference to {against} "
         "| Final parameters | Peak | Seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -285,6 +306,8 @@ def markdown_text(suite: Suite, outcomes: Outcomes) -> str:
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     sentences = [f"- {line}" for line in verdicts(suite, rows)]
+    if over := verdicts_over_budgets(suite, rows):
+        sentences = ["By method:", "", *(f"- {line}" for line in over), "", "In figures:", "", *sentences]
     remarks = [f"- {line}" for line in notes(suite, outcomes)]
     return "\n".join([*lines, "", *sentences, *(["", "Notes:", "", *remarks] if remarks else []), ""])
 
@@ -297,28 +320,3 @@ def _span(counts: tuple[int, int] | None) -> str:
     if counts is None:
         return ""
     return f"{counts[0]:,}" if counts[0] == counts[1] else f"{counts[0]:,} to {counts[1]:,}"
-
-
-def draw(suite: Suite, rows: Sequence[Row], png_path: str | Path) -> Path:
-    """A point for each seed and a bar at the median; the dashed line is the reference's median."""
-    metric, mode = suite.table_metric
-    figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(rows)), 4.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for place, row in enumerate(rows):
-        values = list(row.values.values())
-        spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
-        colour = "0.35" if row.method == suite.reference else "C0"
-        axes.plot(place + spread, values, "o", color=colour, alpha=0.75, markersize=5)
-        axes.hlines(row.median, place - 0.28, place + 0.28, color=colour, linewidth=2.4)
-    reference = [row.median for row in rows if row.method == suite.reference]
-    if len(reference) == 1:
-        axes.axhline(reference[0], color="0.6", linestyle="--", linewidth=0.9, zorder=0)
-    axes.set_xticks(range(len(rows)), [f"{row.method}\n{row.learning_rate:g}" for row in rows])
-    axes.set_ylabel(f"{metric} ({'lower' if mode == 'min' else 'higher'} is better)")
-    axes.set_title(f"{suite.name}: each seed, and the median", fontsize=10, loc="left")
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(png_path)
-    return Path(png_path)

@@ -15,7 +15,7 @@ import torch
 from matplotlib import image
 from safetensors.torch import save_file
 
-from ardtrain.compare import child, results, tables
+from ardtrain.compare import child, drawing, results, tables
 from ardtrain.compare.plan import Failure, RunResult, choose_rate, counting_keys, least_runs, next_rate, next_runs
 from ardtrain.compare.record import without_machine_paths
 from ardtrain.compare.rows import dealt, refuse_common_rows, write_dealt
@@ -468,7 +468,7 @@ def test_without_tuning_a_row_is_compared_at_its_own_rate(tmp_path):
 
 def test_picture_is_drawn(tmp_path):
     suite, outcomes = finished(tmp_path, (0.8, 1.0, 1.0, 1.2, 1.2))
-    pixels = image.imread(tables.draw(suite, tables.table_rows(suite, outcomes), tmp_path / "table.png"))
+    pixels = image.imread(drawing.draw(suite, tables.table_rows(suite, outcomes), tmp_path / "table.png"))
     assert min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.01
 
 
