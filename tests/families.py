@@ -186,10 +186,10 @@ def build_model(family, *, dtype=torch.float32):
             values = torch.empty(parameter.shape).uniform_(0.8, 1.2, generator=generator)
             values = values - 1.0 if name.endswith("bias") else values
         else:
-            fan_in = parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]
-            embeds = "embed" in name and not (tied and "language" in name)
-            values = torch.empty(parameter.shape)
-            values.normal_(0.0, 0.5 if embeds else fan_in**-0.5, generator=generator)
+            std = (parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]) ** -0.5
+            if "embed" in name:
+                std = 0.05 if tied and parameter is model.get_input_embeddings().weight else 0.5
+            values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
         parameter.data = values.to(dtype)
     if family.num_labels is not None:
         set_padding(model, family.pad)
@@ -308,7 +308,7 @@ def family_trainer(family, method, *, num_grains=3, gradient_checkpointing=False
         model=model,
         data=batches(family, num_grains=num_grains),
         total_steps=STEPS,
-        **({"r": 3, "learning_rate": 2e-2} | settings | more),
+        **({"r": 3, "learning_rate": 1e-2} | settings | more),
     )
     if family.kind != "classes":
         head = find_logit_head(trainer.backbone.module, chunk_tokens=16, device=trainer.world.device)

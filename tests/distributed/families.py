@@ -2,12 +2,11 @@
 
 python -m tests.distributed.families CASES.json OUT.json
 
-A case: model (a family's name), method, and what may not change bits: ZeRO stage, where the run is cut and resumed
-(with activation checkpointing).
+A case: model (a family's name), method, and what may not change bits: ZeRO stage, activation checkpointing, where the
+run is cut and resumed.
 """
 
 import sys
-from functools import partial
 
 from tests.distributed.matrix import main, run_case
 from tests.families import FAMILIES, STEPS, family_trainer
@@ -28,10 +27,15 @@ def build(case, world):
         backbone=backbone_config(stage=case.get("stage", 0), world_size=world.world_size, **zero),
         adapter=adapter_config(world_size=world.world_size),
         start="resume" not in case,
-        gradient_checkpointing="resume" in case,
+        gradient_checkpointing=case.get("gradient_checkpointing", False),
     )
 
 
+def run(case, world):
+    """See matrix.run_case."""
+    result = run_case(case, world, build=build, steps=STEPS, cut=CUT, evaluate_after=(4, 9))
+    return result | {"checkpointing": case.get("gradient_checkpointing", False)}
+
+
 if __name__ == "__main__":
-    run = partial(run_case, build=build, steps=STEPS, cut=CUT, evaluate_after=(4, 9))
     main(*sys.argv[1:], run=run)

@@ -24,7 +24,7 @@ def cases_of(world_size, folder):
             path.mkdir()
             case |= {"stage": 3, "save": str(path)}
         elif world_size == 3:
-            case |= {"resume": str(path / "checkpoint-6")}
+            case |= {"resume": str(path / "checkpoint-6"), "gradient_checkpointing": True}
         out[f"{family.name}/{method}"] = case
     return out
 
@@ -56,4 +56,5 @@ def test_bits_do_not_depend_on_processes_or_the_cut(results, family, method, rec
         assert other["gathered"] == 0
     name = f"{family.name}/{method}"
     equal = [n for n in (1, 2, 3) if results[n][name]["final"] == unbroken["final"]]
-    record(family, method, resizes=unbroken["events"], steps=len(unbroken["losses"]), equal_bits_on=equal)
+    checkpointing = [n for n in (1, 2, 3) if results[n][name]["checkpointing"]]
+    record(family, method, resizes=unbroken["events"], equal_bits_on=equal, checkpointing_on=checkpointing)
