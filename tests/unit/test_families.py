@@ -1,5 +1,7 @@
 """Each family that users bring, on tiny random models of the real classes: adapters' places, start, export."""
 
+import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from ardtrain.full import FullTrainer, write_model
 from ardtrain.planning.hardware import machine_of
 from ardtrain.planning.plan import make_plan
 from ardtrain.preflight import prepare_config, read_run_config
+from tests.distributed.test_families import MOVING
 from tests.families import (
     FAMILIES,
     METHODS,
@@ -249,3 +252,23 @@ def test_a_model_trained_in_full_reads_back_to_the_bit(family, world, tmp_path, 
     assert equal_bits(read, logits) and float((logits - before).abs().max()) > 1e-3
     record(family, "full", export=float((read - logits).abs().max()), largest_logit=float(logits.abs().max()))
     engine.destroy()
+
+
+# ---- the page ----
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "families.json"
+
+
+def test_page_is_made_of_the_results_of_all_families():
+    spec = importlib.util.spec_from_file_location("generate_families", REPOSITORY / "docs" / "generate_families.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.render() == (REPOSITORY / "docs" / "families.md").read_text(), "run: python docs/generate_families.py"
+    found = json.loads(RESULTS.read_text())["families"]
+    assert list(found) == list(FAMILIES)
+    for name, family in FAMILIES.items():
+        own = found[name]["methods"]
+        assert set(own) == {*METHODS} | ({"full"} if family.kind != "pictures" else set())
+        assert all(method["start"] == 0.0 for key, method in own.items() if key != "full")
+        assert all(method["export"] <= 1e-5 * max(1.0, method["largest_logit"]) for method in own.values())
+        assert all(own[method]["equal_bits_on"] == [1, 2, 3] for method in MOVING)
