@@ -76,13 +76,22 @@ class Hub:
         self.calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir()), repo_type))
 
 
-def test_push(tmp_path, monkeypatch, capsys):
-    calls = []
+FILES = {
+    "export": ["README.md", "adapter_config.json", "adapter_model.safetensors"],
+    "merge": [
+        "README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", FILES)
+def test_push(tmp_path, monkeypatch, capsys, verb):
+    calls, files = [], FILES[verb]
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
     run_dir = make_run(tmp_path, method="lora", elalora=None)
-    arguments = ["export", str(run_dir), "--out", str(tmp_path / "out"), "--push-to-hub", "me/it", "--private"]
+    arguments = [verb, str(run_dir), "--out", str(tmp_path / "out"), "--push-to-hub", "me/it", "--private"]
     assert main(arguments) == 0
-    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert calls == [
         "whoami",
         ("create", "me/it", {"private": True, "repo_type": "model", "exist_ok": True}),

@@ -1,7 +1,11 @@
 """`ardtrain export`: from a checkpoint of each form to a PEFT folder that gives training's logits, or to nothing."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from tests.tiny import save_tiny_llama
 from tests.tiny_paligemma import save_tiny_paligemma, write_rows
 from tests.trained_runs import UNEVEN, classification_config, make_run
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PLAIN = {"method": "lora", "elalora": None}
 KINDS = {
     "even": PLAIN,
@@ -161,3 +166,36 @@ def test_peft_reads_the_scale_that_stays_outside(tmp_path):
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 6, False)
     model = PeftModel.from_pretrained(load_base(trained), tmp_path / "out")
     assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} == {1.5}
+
+
+ARD = {"init_warmup": 2, "final_warmup": 2, "alpha_interval": 1, "resize_interval": 2}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"elalora": {"init_warmup": 2, "final_warmup": 4, "mask_interval": 2, "b": 4, "k": 2}},
+        {"method": "dora"},
+        {"method": "adalora", "adalora": {"tinit": 2, "tfinal": 6, "deltaT": 2, "target_r": 2}},
+        {"method": "ard_lora", "r": 2, "ard_lora": ARD | {"layout": "own_a", "mask": "sigmoid"}},
+        {"method": "ard_lora", "ard_lora": ARD | {"layout": "shared_a"}},
+    ],
+    ids=["elalora", "dora", "adalora", "own_a", "shared_a"],
+)
+def test_a_checkpoint_of_a_real_run_exports_the_bytes_that_training_wrote(tmp_path, settings):
+    """The folder of each checkpoint, and RUN/adapter, are made by the run itself, with its own method and gates."""
+    settings = {"elalora": None, "max_steps": 12, "save_steps": 4, "eval_steps": None} | settings
+    path = write_run(tmp_path, **settings)
+    command = [sys.executable, "-m", "ardtrain", "train", str(path)]
+    environment = {"ARDTRAIN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for step in (4, 8, 12):
+        checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+        export_peft(open_trained(checkpoint), tmp_path / str(step))
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (checkpoint / "adapter" / name).read_bytes() == (tmp_path / str(step) / name).read_bytes()
+    last = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert last == (tmp_path / "12" / "adapter_model.safetensors").read_bytes()
+    assert "| last logged step | 12 |" in (tmp_path / "run" / "adapter" / "README.md").read_text()

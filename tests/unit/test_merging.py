@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ardtrain import export, merged_files
 from ardtrain.cli import main
 from ardtrain.config import ConfigError
+from ardtrain.loading.sources import Conversion, Converted, Latest
 from ardtrain.merging import load_merged, merge
 from ardtrain.trained import bound_model, load_base, logits_of, open_trained, probe_inputs
 from tests.quantized_files import save_by_bitsandbytes
@@ -175,6 +176,12 @@ def test_files_in_few_bits_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="is stored in few bits .* merge into the unquantised base"):
         merge(trained, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.tmp").exists()
+
+
+def test_what_transformers_computes_is_refused():
+    conversion = Conversion(lambda: {"q.weight": torch.ones(2, 2)}, Latest())
+    with pytest.raises(ConfigError, match="q.weight is computed from several stored tensors .* save the base anew"):
+        merged_files._followed("q.weight", Converted("q.weight", (2, 2), torch.float32, conversion))
 
 
 def test_the_command(tmp_path, capsys):
