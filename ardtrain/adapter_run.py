@@ -294,7 +294,7 @@ class AdapterRun(Session):
             self.finish(code, "")
             return
         self.watchdog.touch(EXPORT_SECONDS)
-        difference = self._export_final()
+        check = self._export_final()
         if self.method.needs.ranks and self.trainer.state.events == 0:
             logger.warning(
                 "no rank moved in this run: %s made no plan that changed one. Its schedule may have had no event, "
@@ -307,16 +307,15 @@ class AdapterRun(Session):
             from ardtrain.report.pictures import draw_ranks
 
             draw_ranks(self.run_dir / "ranks.jsonl", picture)
-        check = "base too large to run through PEFT" if difference is None else f"PEFT's logits: {difference:.1e} off"
         by_tower = tower_text(self.arena.layout)
         lines = [f"adapter: {self.run_dir / 'adapter'} ({check})", f"ranks: {picture}"]
         self.finish(code, "\n".join([*([f"by tower: {by_tower}"] if by_tower else []), *lines]))
 
-    def _export_final(self) -> float | None:
+    def _export_final(self) -> str:
         """The final adapter, complete and compared with PEFT's reading before it gets its name; all must call this.
 
         Returns:
-            The largest logit difference to PEFT's, or None where the base is too large to load once more.
+            What was compared, and the largest difference; on process 0.
         """
         model: Any = self.backbone.module.eval()
         inputs = self._export_inputs(model)
@@ -325,14 +324,14 @@ class AdapterRun(Session):
         bind_arena(self.adapters, self.arena.layout, self.arena.engine.weights, on_device)
         with torch.no_grad():
             logits = model(**{name: values.to(self.world.device) for name, values in inputs.items()}).logits.cpu()
-        difference, problem = None, ""
+        check, problem = "", ""
         if self.world.is_main:
             try:
-                difference = self._export_and_compare(inputs, logits, gates)
+                check = self._export_and_compare(inputs, logits, gates)
             except RuntimeError as error:
                 problem = str(error)
         self.fail_together(problem)
-        return difference
+        return check
 
     def _export_inputs(self, model: Any) -> dict[str, torch.Tensor]:
         """What both are run on: a few tokens; with pictures a row of the first grain, which reaches every tower."""
@@ -346,35 +345,37 @@ class AdapterRun(Session):
 
     def _export_and_compare(
         self, inputs: dict[str, torch.Tensor], logits: torch.Tensor, gates: torch.Tensor | None
-    ) -> float | None:
+    ) -> str:
         building, final = self.run_dir / ".adapter.tmp", self.run_dir / "adapter"
         checkpoint.remove_folder(building)
-        self._write_adapter(building, self.arena.engine.weights.cpu(), self.arena.layout, gates)
+        master, shape = self.arena.engine.weights.cpu(), self.prepared.shape
+        self._write_adapter(building, master, self.arena.layout, gates)
         dtype = self.prepared.plan.compute_dtype
-        difference = None
-        if self.prepared.shape.num_base * DTYPES[dtype].itemsize <= LOGITS_CHECK_BYTES:
+        if shape.num_base * DTYPES[dtype].itemsize <= LOGITS_CHECK_BYTES:
             base = self.load_base()
             dequantize_modules(base)  # the same numbers, in linears that PEFT knows
             difference = export.compare_with_peft(building, base, inputs, logits)
             limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
-            if not difference <= limit:
-                raise RuntimeError(
-                    f"the exported adapter gives logits {difference:.2e} away from training's (limit {limit:.2e}); it "
-                    f"was left in {building} and not published"
-                )
-        self._write_card(building, difference)
+            check = f"PEFT's logits: {difference:.1e} off"
+        else:
+            form, limit = preflight.adapter_form(self.config), export.PRODUCT_TOLERANCE
+            difference = export.compare_products(
+                building, master, self.arena.layout, form=form, heads=shape.heads, gates=gates
+            )
+            check = f"base too large to run through PEFT; each matrix's product: {difference:.1e} off, as a share"
+        if not difference <= limit:
+            raise RuntimeError(
+                f"the exported adapter, {check} training's, which is more than {limit:.2e}; it was left in {building} "
+                "and not published"
+            )
+        self._write_card(building, f"{check} training's ({dtype})")
         checkpoint.remove_folder(final)
         building.rename(final)
-        return difference
+        return check
 
-    def _write_card(self, folder: Path, difference: float | None) -> None:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        for note in export.serving_notes(config):
+    def _write_card(self, folder: Path, check: str) -> None:
+        for note in export.serving_notes(json.loads((folder / "adapter_config.json").read_text())):
             logger.info("adapter: %s", note)
-        check = "logits were not compared: the base is too large to run through PEFT here"
-        if difference is not None:
-            dtype = self.prepared.plan.compute_dtype
-            check = f"read back with PEFT: largest logit difference to training's {difference:.1e} ({dtype})"
         write_card(
             folder,
             Described(

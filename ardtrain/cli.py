@@ -25,7 +25,7 @@ USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume
                                              one HTML file with all that a run shows; of several side by side
        ardtrain ranks RUN_DIR [OUT.png] [--heads KIND]
                                              the ranks by layer and matrix as text, or as a picture
-       ardtrain export RUN|CHECKPOINT --to peft [--out DIR] [--uniform-rank] [--unchecked]
+       ardtrain export RUN|CHECKPOINT --to peft [--out DIR] [--uniform-rank] [--without-base]
                                              [--push-to-hub REPO [--private]] [a.b=c ...]
                                              the adapter as a PEFT folder, read back with PEFT and compared
        ardtrain evaluate RUN|CHECKPOINT [--data FILE] [--metrics A,B] [--out DIR] [a.b=c ...]

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ardtrain.adapters import AdapterLinear, Form, attach, bind_arena
 from ardtrain.arena import ArenaLayout
 from ardtrain.heads import Heads
 from ardtrain.token_rows import PART as TOKEN_ROWS
@@ -26,6 +28,7 @@ from ardtrain.token_rows import PART as TOKEN_ROWS
 PEFT_PREFIX = "base_model.model."
 # Largest logit difference to PEFT's, as a share of the largest logit: folding the scale into B rounds B once, in
 # float32 for fp32, in the compute dtype elsewhere (8 bits of mantissa over a few layers).
+PRODUCT_TOLERANCE = 1e-5  # of a matrix's product, as a share of its largest number; float32 in both
 LOGIT_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2, "fp16": 1e-2}
 
 
@@ -253,6 +256,63 @@ def serving_notes(config: Mapping[str, Any]) -> list[str]:
     if held:
         notes.append(f"holds {' and '.join(held)}, which PEFT reads and vLLM 0.30 refuses; {merge}")
     return notes
+
+
+def compare_products(
+    folder: Path,
+    master: Tensor,
+    layout: ArenaLayout,
+    *,
+    form: Form,
+    heads: Mapping[str, Heads] | None = None,
+    gates: Tensor | None = None,
+) -> float:
+    """Largest difference of a matrix's product, by PEFT's rules from the folder, to that of training's own adapter.
+
+    As a share of the product's largest number; on random inputs, without the base. What stands beside the pairs
+    (magnitudes, heads, token rows) is not looked at.
+
+    Args:
+        form: of the adapters. Others as in `peft_tensors`.
+    """
+    from peft.utils.other import get_pattern_key
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    adapters = _adapters_without_base(layout, form, heads or {})
+    bind_arena(adapters, layout, master, gates)
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file, torch.no_grad():
+        for module, adapter in adapters.items():
+            if adapter.views is None:
+                continue
+            a, b = (file.get_tensor(f"{PEFT_PREFIX}{module}.{part}.weight") for part in ("lora_A", "lora_B"))
+            r, alpha = (
+                config[pattern].get(get_pattern_key(config[pattern].keys(), module), config[name])
+                for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+            )
+            x = torch.empty(16, adapter.in_features).normal_(generator=generator)
+            own = adapter.eval().product(x)
+            difference = float((x @ a.t() @ b.t() * (alpha / r) - own).abs().max())
+            worst = max(worst, difference / max(float(own.abs().max()), 1e-30) if difference else 0.0)
+    return worst
+
+
+def _adapters_without_base(layout: ArenaLayout, form: Form, heads: Mapping[str, Heads]) -> dict[str, AdapterLinear]:
+    """Training's adapters on linears of the meta device, which hold no numbers."""
+    root = nn.Module()
+    for site in layout.table.sites:
+        cut = heads.get(site.module) if site.head is not None else None
+        wide, high = site.in_features, site.out_features
+        if cut is not None:
+            wide, high = (wide, high * cut.count) if cut.side == "out" else (wide * cut.count, high)
+        *parents, last = site.module.split(".")
+        owner = root
+        for name in parents:
+            if name not in owner._modules:
+                owner.add_module(name, nn.Module())
+            owner = owner.get_submodule(name)
+        owner.add_module(last, nn.Linear(wide, high, bias=False, device="meta"))
+    return attach(root, layout.table.sites, dropout={}, form=form, heads=heads)
 
 
 def compare_with_peft(folder: Path, base: torch.nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ardtrain import checkpoint, export
+from ardtrain import checkpoint, export, preflight
 from ardtrain.backbones import DTYPES
 from ardtrain.cards import Described, write_card
 from ardtrain.config import ConfigError
@@ -26,7 +26,7 @@ def export_command(arguments: list[str]) -> int:
     trained = open_trained(options.run, overrides)
     kind = "peft-uniform" if options.uniform_rank else "peft"
     out = Path(options.out) if options.out else trained.run_dir / f"{kind}-{trained.step}"
-    lines = export_peft(trained, out, uniform_rank=options.uniform_rank, unchecked=options.unchecked)
+    lines = export_peft(trained, out, uniform_rank=options.uniform_rank, without_base=options.without_base)
     print("\n".join(lines))
     if options.push_to_hub:
         print(push(out, options.push_to_hub, private=options.private, message=f"{out.name}, exported by ardtrain"))
@@ -51,20 +51,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=["peft"], default="peft")
     parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--uniform-rank", action="store_true")
-    parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--without-base", action="store_true")
     return parser
 
 
-def export_peft(trained: Trained, out: Path, *, uniform_rank: bool = False, unchecked: bool = False) -> list[str]:
+def export_peft(trained: Trained, out: Path, *, uniform_rank: bool = False, without_base: bool = False) -> list[str]:
     """The PEFT folder `out`, compared before it gets this name; returns what to tell.
 
+    without_base: compare the product of each matrix alone, not logits.
+
     Raises:
-        ConfigError: `out` exists, or the base does not fit into memory for the comparison (unchecked: not made).
-        RuntimeError: PEFT's logits differ; the folder keeps a name with a dot.
+        ConfigError: `out` exists, or the base does not fit into memory.
+        RuntimeError: PEFT's logits or products differ; the folder keeps a name with a dot.
     """
     if out.exists():
         raise ConfigError([f"--out {out} exists; name another folder, or remove it"])
-    if not unchecked:
+    if not without_base:
         _check_memory(trained)
     building = out.with_name(f".{out.name}.tmp")
     checkpoint.remove_folder(building)
@@ -72,7 +74,7 @@ def export_peft(trained: Trained, out: Path, *, uniform_rank: bool = False, unch
         config = trained.write_adapter(building, uniform_rank=uniform_rank)
     except ValueError as error:
         raise ConfigError([f"{trained.path}: {error}"]) from error
-    check = "logits not compared (--unchecked)" if unchecked else _compare(trained, building)
+    check = _compare_products(trained, building) if without_base else _compare(trained, building)
     ranks = export.module_ranks(trained.layout)
     write_card(building, describe(trained, "adapter", ranks, [check]))
     building.rename(out)
@@ -104,7 +106,8 @@ def _check_memory(trained: Trained) -> None:
         raise ConfigError(
             [
                 f"{trained.path}: comparing logits loads the base, which needs about {need / 2**30:.1f} GiB of memory, "
-                f"and {free / 2**30:.1f} are free; export on a larger machine, or give --unchecked"
+                f"and {free / 2**30:.1f} are free; export on a larger machine, or compare matrix by matrix with "
+                "--without-base"
             ]
         )
 
@@ -129,3 +132,18 @@ def _compare(trained: Trained, folder: Path) -> str:
         f"read back with PEFT: largest logit difference to training's {difference:.1e} (logits up to {largest:.2f}, "
         f"{dtype}, {logits.shape[1] if logits.dim() == 3 else 1} positions)"
     )
+
+
+def _compare_products(trained: Trained, folder: Path) -> str:
+    """A line with the largest difference of a matrix's product. Raises RuntimeError where it is too large."""
+    form, shape = preflight.adapter_form(trained.config), trained.shape
+    difference = export.compare_products(
+        folder, trained.master, trained.layout, form=form, heads=shape.heads, gates=trained.gates
+    )
+    limit = export.PRODUCT_TOLERANCE
+    if not difference <= limit:
+        raise RuntimeError(
+            f"a matrix's product read from the folder is {difference:.2e} away from training's, as a share of its "
+            f"largest number (limit {limit:.0e}); the adapter was left in {folder} and has not got its name"
+        )
+    return f"logits not compared; each matrix's product is within {difference:.1e} of training's, as a share"

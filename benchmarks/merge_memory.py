@@ -78,7 +78,7 @@ def main():
         config = write_run(folder, method="lora", elalora=None, r=given.r, data=data, eval_steps=None, bf16=True)
         run_dir = make_run(folder, config=config, ranks=lambda i: 1 + i % given.r, std=0.01)
         results = {"idle": measured(IDLE), "merge": measured(MERGE, run_dir, folder / "merged")}
-        export = "import sys\nfrom ardtrain.cli import main\nmain(['export', *sys.argv[1:], '--unchecked'])"
+        export = "import sys\nfrom ardtrain.cli import main\nmain(['export', *sys.argv[1:], '--without-base'])"
         measured(export, run_dir, "--out", folder / "adapter")
         results["peft"] = measured(PEFT, folder / "model", folder / "adapter", folder / "by_peft")
     largest = max(sizes)

@@ -92,10 +92,29 @@ def test_a_difference_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
 def test_a_base_beyond_memory_is_refused_or_said(tmp_path, monkeypatch):
     trained = open_trained(make_run(tmp_path, **PLAIN))
     monkeypatch.setattr(exporting, "available_bytes", lambda: 1000)
-    with pytest.raises(ConfigError, match="comparing logits loads the base, which needs about .* --unchecked"):
+    with pytest.raises(ConfigError, match="comparing logits loads the base, which needs about .* --without-base"):
         export_peft(trained, tmp_path / "out")
-    assert "logits not compared (--unchecked)" in export_peft(trained, tmp_path / "out", unchecked=True)
-    assert "logits not compared" in (tmp_path / "out" / "README.md").read_text()
+    (*_, check, _) = export_peft(trained, tmp_path / "out", without_base=True)
+    assert check.startswith("logits not compared; each matrix's product is within")
+    assert check in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("uniform", [False, True], ids=["", "uniform"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_compared_without_the_base(tmp_path, kind, uniform, monkeypatch):
+    trained = open_trained(make_run(tmp_path, **KINDS[kind]))
+    export_peft(trained, tmp_path / "out", uniform_rank=uniform, without_base=True)
+    true = export.peft_tensors
+    module = next(iter(export.module_ranks(trained.layout)))
+    wrong = f"base_model.model.{module}.lora_B.weight"
+    monkeypatch.setattr(
+        export, "peft_tensors", lambda *a, **k: {n: t * (1 + (n == wrong)) for n, t in true(*a, **k).items()}
+    )
+    with pytest.raises(
+        RuntimeError, match=r"a matrix's product read from the folder is 1.00e\+00 away from training's"
+    ):
+        export_peft(trained, tmp_path / "wrong", without_base=True)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_what_is_not_there_or_of_another_base_is_refused(tmp_path):
@@ -187,7 +206,10 @@ def test_a_checkpoint_of_a_real_run_exports_the_bytes_that_training_wrote(tmp_pa
     """The folder of each checkpoint, and RUN/adapter, are made by the run itself, with its own method and gates."""
     settings = {"elalora": None, "max_steps": 12, "save_steps": 4, "eval_steps": None} | settings
     path = write_run(tmp_path, **settings)
-    command = [sys.executable, "-m", "ardtrain", "train", str(path)]
+    base_fits = settings.get("method") != "ard_lora"
+    fits = "" if base_fits else "run.LOGITS_CHECK_BYTES = 0; "
+    code = f"import ardtrain.adapter_run as run; {fits}from ardtrain.cli import main; main(['train', {str(path)!r}])"
+    command = [sys.executable, "-c", code]
     environment = {"ARDTRAIN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -198,4 +220,6 @@ def test_a_checkpoint_of_a_real_run_exports_the_bytes_that_training_wrote(tmp_pa
             assert (checkpoint / "adapter" / name).read_bytes() == (tmp_path / str(step) / name).read_bytes()
     last = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert last == (tmp_path / "12" / "adapter_model.safetensors").read_bytes()
+    what = "PEFT's logits: " if base_fits else "base too large to run through PEFT; each matrix's product: "
+    assert f"adapter ({what}" in done.stdout + done.stderr
     assert "| last logged step | 12 |" in (tmp_path / "run" / "adapter" / "README.md").read_text()

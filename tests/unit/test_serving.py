@@ -71,7 +71,7 @@ def served(folder, model, *, max_lora_rank=16):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_ignores_patterns_computes_what_training_did(tmp_path, kind, uniform):
     trained = open_trained(make_run(tmp_path, **KINDS[kind]))
-    export_peft(trained, tmp_path / "out", uniform_rank=uniform, unchecked=True)
+    export_peft(trained, tmp_path / "out", uniform_rank=uniform, without_base=True)
     base = load_base(trained)
     inputs = probe_inputs(trained, base)
     logits = logits_of(bound_model(trained), inputs)
@@ -83,7 +83,7 @@ def test_a_server_that_ignores_patterns_computes_what_training_did(tmp_path, kin
 def test_the_server_of_this_test_would_show_the_trap(tmp_path):
     """Uneven ranks with each module's own alpha and no scale folded in, as PEFT's patterns allow: other logits."""
     trained = open_trained(make_run(tmp_path, **KINDS["uneven"]))
-    export_peft(trained, tmp_path / "out", unchecked=True)
+    export_peft(trained, tmp_path / "out", without_base=True)
     path = tmp_path / "out" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 8}))
     base = load_base(trained)
@@ -100,7 +100,7 @@ def test_what_the_server_refuses_the_export_says(tmp_path, kind):
         settings = {"method": "dora"} if kind == "dora" else {"method": "lora", "trainable_tokens": [5]}
         run_dir = make_run(tmp_path, elalora=None, **settings)
     trained = open_trained(run_dir)
-    lines = export_peft(trained, tmp_path / "out", unchecked=True)
+    lines = export_peft(trained, tmp_path / "out", without_base=True)
     assert any("which PEFT reads and vLLM 0.30 refuses; `ardtrain merge`" in line for line in lines)
     with pytest.raises(ServerError, match="DoRA, modules_to_save or bias|is unsupported LoRA weight"):
         served(tmp_path / "out", load_base(trained))
@@ -108,7 +108,7 @@ def test_what_the_server_refuses_the_export_says(tmp_path, kind):
 
 def test_the_largest_rank_is_held_against_the_servers(tmp_path):
     trained = open_trained(make_run(tmp_path, **PLAIN, r=17, target_modules=["q_proj", "down_proj"]))
-    lines = export_peft(trained, tmp_path / "out", unchecked=True)
+    lines = export_peft(trained, tmp_path / "out", without_base=True)
     assert any("start it with --max-lora-rank 32" in line for line in lines)
     with pytest.raises(ServerError, match="LoRA rank 17 is greater than max_lora_rank 16"):
         served(tmp_path / "out", load_base(trained))
