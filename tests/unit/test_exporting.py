@@ -64,6 +64,7 @@ def test_every_form_is_read_back_by_peft(tmp_path, kind, uniform):
 
 def test_export_of_the_command_line(tmp_path, capsys):
     run_dir = make_run(tmp_path, **KINDS["heads"])
+    (tmp_path / "train.jsonl").unlink()  # no data are needed any more
     assert main(["export", str(run_dir / "checkpoint-16"), "--to", "peft"]) == 0
     told = capsys.readouterr().out
     assert "heads have pairs of their own: each matrix is block-diagonal with the sum of its heads' ranks" in told

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from tests.tiny import equal_bits, save_tiny_llama
 from tests.tiny_paligemma import save_tiny_paligemma, write_rows
 from tests.trained_runs import UNEVEN, classification_config, make_run
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PLAIN = {"method": "lora", "elalora": None}
 KINDS = {
     "even": PLAIN,
@@ -216,3 +221,23 @@ def test_the_tokenizer_of_the_run_goes_along(tmp_path):
     merge(trained, tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template is None
+
+
+@pytest.mark.full
+def test_a_base_of_the_hubs_cache_without_network(tmp_path):
+    """In a process of its own: the cache's place is read when huggingface_hub is imported."""
+    snapshot = tmp_path / "hub" / "models--somebody--tiny" / "snapshots" / ("a" * 40)
+    save_tiny_llama(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    (tmp_path / "model").symlink_to(snapshot)
+    run_dir = make_run(tmp_path, **rows(tmp_path), **PLAIN)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    code = "import sys; from ardtrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["merge", str(run_dir), "--out", str(tmp_path / "out"), "model_name_or_path=somebody/tiny"]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in snapshot.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"README.md", "SHA256SUMS"}
+    assert "base_model: somebody/tiny" in (tmp_path / "out" / "README.md").read_text()
