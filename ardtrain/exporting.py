@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from ardtrain import checkpoint, export, preflight
 from ardtrain.backbones import DTYPES
@@ -81,7 +81,9 @@ def export_peft(trained: Trained, out: Path, *, uniform_rank: bool = False, with
     return [*_told(trained, config, ranks), check, f"adapter: {out}"]
 
 
-def describe(trained: Trained, kind: Any, ranks: Mapping[str, int], checks: list[str]) -> Described:
+def describe(
+    trained: Trained, kind: Literal["adapter", "merged"], ranks: Mapping[str, int], checks: list[str]
+) -> Described:
     """What the card says."""
     labels, versions = trained.shape.labels, trained.versions
     return Described(kind, trained.config, trained.run_dir, trained.step, ranks, versions, checks, labels)

@@ -106,7 +106,8 @@ class Changes:
             elif block.part == TOKEN_ROWS:
                 self._whole[f"{block.module}.weight"] = Rows(trained.shape.tokens, values)
             else:
-                self._whole[f"{block.module}.{block.part}"] = Whole(values.view(-1, 1) if block.rows == 1 else values)
+                own = values.view(-1, 1) if block.part == "bias" else values
+                self._whole[f"{block.module}.{block.part}"] = Whole(own)
 
     @property
     def names(self) -> list[str]:

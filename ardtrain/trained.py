@@ -25,7 +25,7 @@ from ardtrain.config import ConfigError, RunConfig
 from ardtrain.config import load_config as load_run_config
 from ardtrain.data_rows import classification_pad_id
 from ardtrain.engines_filling import fill_whole
-from ardtrain.export import write_peft
+from ardtrain.export import peft_config, write_peft
 from ardtrain.fingerprint import fingerprint, hub_weight_files
 from ardtrain.loading import quantized
 from ardtrain.methods.base import Binding
@@ -58,8 +58,6 @@ class Trained:
 
     def write_adapter(self, folder: Path, *, uniform_rank: bool = False) -> dict[str, Any]:
         """Writes the PEFT folder's two files; returns the content of adapter_config.json."""
-        from ardtrain.export import peft_config
-
         config = peft_config(
             self.layout,
             base_model=self.config.model_name_or_path,
