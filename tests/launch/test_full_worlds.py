@@ -5,16 +5,14 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.launch.stories import Stories
 from tests.runs import fingerprint, lines, write_run
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.full]
 STEPS = 20
 RESUME = ["resume_from_checkpoint=auto", "allow_pickle=true"]
 # A stop that is asked for in the first evaluation of a start, every fifth step, is carried out one step later.
@@ -54,15 +52,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """All starts of this file in one process: {name of the run: its results}."""
-    starts, names = [], []
-
-    def add(name, config, world_size, overrides=(), **stop):
-        names.append(name)
-        starts.append({"config": str(config), "world_size": world_size, "overrides": list(overrides)} | stop)
-
+    """All starts of this file in one process."""
+    stories = Stories(folder)
     for name, size, stage in (("alone-1", 1, 1), ("alone-2", 2, 2), ("alone-3", 3, 3)):
-        add(name, full_run(folder, name, stage), size)
+        stories.add(name, full_run(folder, name, stage), size)
     for name, parts in {
         "cut": ((2, {"stage": 2}), (3, {"stage": 3}), (1, {"stage": 1, "offload": True})),
         "back": ((3, {"stage": 3, "offload": True}), (2, {"stage": 1})),
@@ -71,28 +64,16 @@ def done(folder):
         for number, (size, where) in enumerate(parts):
             config = full_run(folder, f"{name}-part-{number}", run=name, **where)
             is_last = number == len(parts) - 1
-            add(name, config, size, RESUME, **({} if is_last else {"stop_in": ("evaluation", 1)}))
+            stories.add(name, config, size, RESUME, **({} if is_last else {"stop_in": ("evaluation", 1)}))
     for size in (1, 2, 3):
-        add(f"head-{size}", classifier_run(folder, f"head-{size}", deepspeed="zero3" if size == 3 else None), size)
+        stories.add(
+            f"head-{size}", classifier_run(folder, f"head-{size}", deepspeed="zero3" if size == 3 else None), size
+        )
     cut = classifier_run(folder, "head-cut")
-    add("head-cut", cut, 3, RESUME, stop_after=5)
-    add("head-cut", cut, 2, RESUME)
-    asked, answered = folder / "starts.json", folder / "results.json"
-    asked.write_text(json.dumps(starts))
-    command = [sys.executable, "-m", "tests.launch.starts", str(asked), str(answered)]
-    environment = os.environ | {"ARDTRAIN_CACHE": str(folder / "cache")}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
-    out = {}
-    for name, result in zip(names, json.loads(answered.read_text()), strict=True):
-        out.setdefault(name, []).append(result)
-    return out
-
-
-def ended_well(done, *names):
-    for name in names:
-        for result in done[name]:
-            assert set(result["codes"]) == {0}, result["logs"]
+    stories.add("head-cut", cut, 3, RESUME, stop_after=5)
+    stories.add("head-cut", cut, 2, RESUME)
+    stories.play()
+    return stories
 
 
 def cut_by(run_dir):
@@ -120,7 +101,7 @@ def model_digest(run_dir):
 
 def test_full_on_one_two_and_three_processes_is_one_run_to_a_millionth(folder, done):
     names = ("alone-1", "alone-2", "alone-3")
-    ended_well(done, *names)
+    done.ended_well(*names)
     one, two, three = (losses(folder / name) for name in names)
     assert two == pytest.approx(one, rel=1e-6) and three == pytest.approx(one, rel=1e-6)
     held_out = [losses(folder / name, "eval_loss") for name in names]
@@ -129,7 +110,7 @@ def test_full_on_one_two_and_three_processes_is_one_run_to_a_millionth(folder, d
 
 
 def test_full_twice_on_two_processes_once_cut_and_resumed_has_equal_bits(folder, done):
-    ended_well(done, "alone-2", "same")
+    done.ended_well("alone-2", "same")
     assert cut_by(folder / "same") == [(6, 2, 2), (STEPS, 2, 2)]
     for key in ("loss", "grad_norm", "eval_loss"):
         assert losses(folder / "same", key) == losses(folder / "alone-2", key)
@@ -138,7 +119,7 @@ def test_full_twice_on_two_processes_once_cut_and_resumed_has_equal_bits(folder,
 
 @pytest.mark.parametrize("name", CUTS)
 def test_full_resumed_on_other_processes_stages_and_offload_is_the_unbroken_run_to_a_millionth(folder, done, name):
-    ended_well(done, name, "alone-1")
+    done.ended_well(name, "alone-1")
     unbroken, own = losses(folder / "alone-1"), losses(folder / name)
     assert own == pytest.approx(unbroken, rel=1e-6)
     assert losses(folder / name, "eval_loss") == pytest.approx(losses(folder / "alone-1", "eval_loss"), rel=1e-6)
@@ -147,7 +128,7 @@ def test_full_resumed_on_other_processes_stages_and_offload_is_the_unbroken_run_
 
 def test_a_classifier_has_equal_bits_on_one_two_and_three_processes(folder, done):
     runs = ("head-1", "head-2", "head-3")
-    ended_well(done, *runs)
+    done.ended_well(*runs)
     one, two, three = (fingerprint(folder / name) for name in runs)
     assert one == two == three and len(one["tables"]) > 1
     last = folder / "head-1" / (folder / "head-1" / "latest").read_text().strip()
@@ -161,7 +142,7 @@ def test_a_classifier_has_equal_bits_on_one_two_and_three_processes(folder, done
 
 
 def test_a_classifier_cut_and_resumed_on_others_has_equal_bits(folder, done):
-    ended_well(done, "head-cut", "head-1")
+    done.ended_well("head-cut", "head-1")
     manifests = [json.loads(p.read_text()) for p in (folder / "head-cut").glob("checkpoint-*/manifest.json")]
     assert sorted((m["step"], m["world_size"]) for m in manifests) == [(5, 3), (12, 2)]
     assert fingerprint(folder / "head-cut") == fingerprint(folder / "head-1")

@@ -1,13 +1,10 @@
 """Runs that are stopped and go on elsewhere: every pair of world sizes, every method, in the middle of things."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+from tests.launch.stories import Stories
 from tests.runs import fingerprint, lines, write_run
 
 pytestmark = pytest.mark.launch
@@ -20,7 +17,9 @@ METHODS = {
     "shared_a": {"r": 2, "ard_lora": {"layout": "shared_a", "alpha_interval": 2, "resize_interval": 3}},
     "dora": {},
     "lora": {"optimizer": {"lora_plus_ratio": 4}},
+    "probe_lora": {"probe_lora": {"init_warmup": 2, "final_warmup": 4, "mask_interval": 4, "probe_steps": 2}},
 }
+SHORT = ("elalora", "alora")  # in every round of tests; the others with -m full
 AUTO = ["resume_from_checkpoint=auto"]
 
 
@@ -38,27 +37,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """All starts of this file in one process: {name of the run: its results}."""
-    starts, names = [], []
-
-    def add(name, config, world_size, overrides=(), **stop):
-        names.append(name)
-        starts.append({"config": str(config), "world_size": world_size, "overrides": list(overrides)} | stop)
-
-    for method in METHODS:
-        add(f"{method}-alone", config_of(folder, method, f"{method}-alone"), 1)
+    """The stories of ElaLoRA and ALoRA."""
+    stories = Stories(folder)
+    for method in SHORT:
+        cut_twice(stories, folder, method)
     pairs = config_of(folder, "elalora", "pairs")
     for number, size in enumerate(ALL_PAIRS):
         stop = {"stop_after": 2} if number < len(ALL_PAIRS) - 1 else {}
         zero = ["deepspeed=zero3_offload_param"] if number % 2 else []
-        add("pairs", pairs, size, AUTO + zero, **stop)
-    for method in METHODS:
-        cut = config_of(folder, method, f"{method}-cut", deepspeed="zero3" if method != "elalora" else None)
-        add(f"{method}-cut", cut, 2, AUTO, stop_after=9)
-        add(f"{method}-cut", cut, 3, AUTO, stop_after=4)
-        add(f"{method}-cut", cut, 1, AUTO)
+        stories.add("pairs", pairs, size, AUTO + zero, **stop)
     elsewhere = config_of(folder, "elalora", "elsewhere")
-    add("elsewhere", elsewhere, 1, [f"resume_from_checkpoint={folder / 'elalora-cut' / 'checkpoint-9'}"])
+    stories.add("elsewhere", elsewhere, 1, [f"resume_from_checkpoint={folder / 'elalora-cut' / 'checkpoint-9'}"])
     fast = ["stop_poll_seconds=1e-6"]  # asks after every round
     for name, method, stop in (
         ("grain", "elalora", ("grain", 20)),
@@ -66,68 +55,76 @@ def done(folder):
         ("ablation", "alora", ("ablation", 7)),
     ):
         cut = config_of(folder, method, f"in-{name}")
-        add(f"in-{name}", cut, 2, AUTO + fast, stop_in=stop)
-        add(f"in-{name}", cut, 1, AUTO)
+        stories.add(f"in-{name}", cut, 2, AUTO + fast, stop_in=stop)
+        stories.add(f"in-{name}", cut, 1, AUTO)
     zero = config_of(folder, "elalora", "zero")
-    add("zero", zero, 3, AUTO, stop_after=9)
-    add("zero", zero, 2, [f"resume_from_checkpoint={folder / 'zero-alone'}"])
+    stories.add("zero", zero, 3, AUTO, stop_after=9)
+    stories.play()
+    leave_only_deepspeeds(folder)
+    stories.add("zero", zero, 2, [f"resume_from_checkpoint={folder / 'zero-alone'}"])
     longer = config_of(folder, "elalora", "longer", max_steps=20)
-    add("longer", longer, 1, AUTO)
-    add("longer", longer, 2, [*AUTO, "max_steps=26", "learning_rate=1e-3"])
-    add("other", folder / "longer.yaml", 1, [*AUTO, "max_steps=26", "lora_alpha=3"])
-    add("first", config_of(folder, "lora", "first"), 1)
+    stories.add("longer", longer, 1, AUTO)
+    stories.add("longer", longer, 2, [*AUTO, "max_steps=26", "learning_rate=1e-3"])
+    stories.add("other", folder / "longer.yaml", 1, [*AUTO, "max_steps=26", "lora_alpha=3"])
+    stories.add("first", config_of(folder, "lora", "first"), 1)
     begun = config_of(folder, "elalora", "from", init_from=str(folder / "first" / "adapter"), eval_on_start=True)
-    add("from", begun, 2)
-    (folder / "starts.json").write_text(json.dumps(starts))
-    results = play(folder, starts, names)
-    out = {}
-    for name, result in zip(names, results, strict=True):
-        out.setdefault(name, []).append(result)
-    return out
+    stories.add("from", begun, 2)
+    stories.play()
+    return stories
 
 
-def play(folder, starts, names):
-    """Runs the starts; before the second one of `zero` only DeepSpeed's folder is left of its checkpoint."""
-    first = max(i for i, name in enumerate(names) if name == "zero")
-    results = []
-    for number, part in enumerate((starts[:first], starts[first:])):
-        if number == 1:
-            run = folder / "zero"
-            step = (run / "latest").read_text().strip()
-            shutil.move(run / step / "deepspeed", folder / "zero-alone")
-            shutil.rmtree(run / step)
-            (run / "latest").unlink()
-        asked, answered = folder / f"starts-{number}.json", folder / f"results-{number}.json"
-        asked.write_text(json.dumps(part))
-        command = [sys.executable, "-m", "tests.launch.starts", str(asked), str(answered)]
-        environment = os.environ | {"ARDTRAIN_CACHE": str(folder / "cache")}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-        assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
-        results += json.loads(answered.read_text())
-    return results
+@pytest.fixture(scope="module")
+def others(folder):
+    """The other methods, cut twice; tests/distributed/test_matrix.py cuts them once, below the command line."""
+    stories = Stories(folder)
+    for method in METHODS:
+        if method not in SHORT:
+            cut_twice(stories, folder, method)
+    stories.play()
+    return stories
 
 
-def ended_well(done, name):
-    for result in done[name]:
-        assert set(result["codes"]) == {0}, result["logs"]
+def cut_twice(stories, folder, method):
+    """A run of the method alone, and one cut on 2 processes and on 3 that ends on 1."""
+    stories.add(f"{method}-alone", config_of(folder, method, f"{method}-alone"), 1)
+    cut = config_of(folder, method, f"{method}-cut", deepspeed="zero3" if method != "elalora" else None)
+    stories.add(f"{method}-cut", cut, 2, AUTO, stop_after=9)
+    stories.add(f"{method}-cut", cut, 3, AUTO, stop_after=4)
+    stories.add(f"{method}-cut", cut, 1, AUTO)
+
+
+def leave_only_deepspeeds(folder):
+    """Of the checkpoint of `zero`, in a folder beside it."""
+    run = folder / "zero"
+    step = (run / "latest").read_text().strip()
+    shutil.move(run / step / "deepspeed", folder / "zero-alone")
+    shutil.rmtree(run / step)
+    (run / "latest").unlink()
 
 
 def test_every_pair_of_world_sizes_equals_the_unbroken_run(folder, done):
-    ended_well(done, "elalora-alone")
-    ended_well(done, "pairs")
-    assert len(done["pairs"]) == 13
+    done.ended_well("elalora-alone")
+    done.ended_well("pairs")
+    assert len(done.results["pairs"]) == 13
     assert fingerprint(folder / "pairs") == fingerprint(folder / "elalora-alone")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_cut_twice_on_other_world_sizes(folder, done, method):
-    ended_well(done, f"{method}-cut")
+@pytest.mark.parametrize("method", SHORT)
+def test_a_method_cut_twice_on_other_world_sizes(folder, done, method):
+    done.ended_well(f"{method}-cut")
+    assert fingerprint(folder / f"{method}-cut") == fingerprint(folder / f"{method}-alone")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in SHORT])
+def test_every_other_method_cut_twice_on_other_world_sizes(folder, others, method):
+    others.ended_well(f"{method}-alone", f"{method}-cut")
     assert fingerprint(folder / f"{method}-cut") == fingerprint(folder / f"{method}-alone")
 
 
 def test_a_checkpoint_is_gone_on_with_in_an_empty_folder(folder, done):
     """Its records begin with the checkpoint's table, so that pictures and tools know what moved."""
-    ended_well(done, "elsewhere")
+    done.ended_well("elsewhere")
     whole, rest = fingerprint(folder / "elalora-alone"), fingerprint(folder / "elsewhere")
     assert rest["losses"] == {step: loss for step, loss in whole["losses"].items() if step > 9}
     assert (rest["weights"], rest["adapter"]) == (whole["weights"], whole["adapter"])
@@ -138,20 +135,20 @@ def test_a_checkpoint_is_gone_on_with_in_an_empty_folder(folder, done):
 
 @pytest.mark.parametrize("where", ["grain", "evaluation", "ablation"])
 def test_a_stop_in_the_middle_is_carried_out_there_and_done_again(folder, done, where):
-    ended_well(done, f"in-{where}")
+    done.ended_well(f"in-{where}")
     alone = "alora-alone" if where == "ablation" else "elalora-alone"
     assert fingerprint(folder / f"in-{where}") == fingerprint(folder / alone)
 
 
 def test_resume_from_deepspeeds_files_alone_on_another_world_size(folder, done):
-    ended_well(done, "zero")
+    done.ended_well("zero")
     whole, rest = fingerprint(folder / "elalora-alone"), fingerprint(folder / "zero")
     assert rest["losses"] == {s: v for s, v in whole["losses"].items() if s in rest["losses"]}
     assert rest["weights"] == whole["weights"] and rest["adapter"] == whole["adapter"]
 
 
 def test_a_longer_run_goes_on_at_fixed_ranks_and_says_what_changed(folder, done):
-    ended_well(done, "longer")
+    done.ended_well("longer")
     events = lines(folder / "longer" / "ranks.jsonl")
     assert max(e["step"] for e in events) <= 16  # 20 steps, the last 4 of them without events
     logs = (folder / "longer" / "logs" / "process-0000.log").read_text()
@@ -160,15 +157,15 @@ def test_a_longer_run_goes_on_at_fixed_ranks_and_says_what_changed(folder, done)
 
 
 def test_another_setting_is_refused_with_both_values(done):
-    (result,) = done["other"]
+    (result,) = done.results["other"]
     assert result["codes"] == [2]
     assert "lora_alpha: the checkpoint has 8.0, this run 3.0" in result["logs"]
     assert "Traceback" not in result["logs"]
 
 
 def test_a_run_begins_where_an_adapter_of_another_method_ended(folder, done):
-    ended_well(done, "first")
-    ended_well(done, "from")
+    done.ended_well("first")
+    done.ended_well("from")
     last = [m for m in lines(folder / "first" / "metrics.jsonl") if "eval_loss" in m][-1]
     begun = [m for m in lines(folder / "from" / "metrics.jsonl") if "eval_loss" in m]
     assert begun[0]["step"] == 0 and begun[0]["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)

@@ -8,7 +8,7 @@ from tests.distributed.processes import run_processes
 from tests.runs import fingerprint, write_run
 from tests.tiny import save_tiny_llama
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.full]
 SETTINGS = {"trainable_tokens": ["+", "=", " ", "1", 77], "max_steps": 10, "eval_steps": 5, "save_steps": 5}
 
 
