@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from ardtrain.arena import ArenaLayout
 from ardtrain.heads import Heads, HeadSide
-from ardtrain.products import AdapterProduct, FrozenLinear, Group, Scaled, down, find_groups
+from ardtrain.products import AdapterProduct, FrozenLinear, Group, Probed, Scaled, down, find_groups
 from ardtrain.quantized import Packing, QuantizedLinear
-from ardtrain.ranks import Dense, Site
+from ardtrain.ranks import Dense, RankTable, Site
 
 FrozenModule = nn.Linear | QuantizedLinear  # what an adapter may sit on
 
@@ -30,6 +31,15 @@ def frozen_weight(layer: AdapterLinear | FrozenModule) -> Tensor:
     """The frozen weight [O, I] in the compute dtype: itself, or dequantised."""
     packing: Packing | None = getattr(layer, "packing", None)
     return layer.weight.detach() if packing is None else packing.dequantize(layer.weight)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A matrix's probe components: the zero part, whose gradient is wanted, and the other, as a form's rows lie."""
+
+    leaf: Tensor
+    fixed: Tensor
+    up: bool  # the leaf is B
 
 
 class AdapterLinear(nn.Module):
@@ -52,6 +62,7 @@ class AdapterLinear(nn.Module):
         self.dropout = dropout
         self.views: Mapping[str, Tensor] | None = None
         self.gates: Tensor | None = None  # [R], or [B, 1, R] for one vector an example
+        self.probe: Probe | None = None
         self.group: Group[AdapterLinear] | None = None  # of adapters that see the same input (group_adapters)
 
     def bind(self, views: Mapping[str, Tensor] | None, ranks: tuple[int, ...], gates: Tensor | None = None) -> None:
@@ -61,7 +72,7 @@ class AdapterLinear(nn.Module):
             views: part -> view of the leaf; None: no components. ranks: rank of each of the matrix's sites.
             gates: [R] float32, or None.
         """
-        self.views, self.gates = views, gates
+        self.views, self.gates, self.probe = views, gates, None
         if self.group is not None:
             self.group.forget()
 
@@ -69,8 +80,17 @@ class AdapterLinear(nn.Module):
         """[B, T, I] -> [B, T, O]; any leading dimensions."""
         if self.views is None:  # rank 0 costs nothing
             out: Tensor = FrozenLinear.apply(x_BTI, self.weight, self.bias, self.packing)
+        else:
+            out = self._fused(x_BTI, self.weight, self.bias)
+        if self.probe is None:
             return out
-        return self._fused(x_BTI, self.weight, self.bias)
+        own = self.probe
+        probed: Tensor = Probed.apply(out, x_BTI, own.leaf, own.fixed, self.scaling, own.up)
+        return probed
+
+    def probe_rows(self, part: str, flat: Tensor, count: int) -> Tensor:
+        """A piece of a flat tensor, `count` rows a site, in the shape of this form's A or B."""
+        return flat.view(count, -1)
 
     def product(self, x_BTI: Tensor) -> Tensor:
         """The adapter's own contribution [B, T, O]."""
@@ -215,6 +235,10 @@ class HeadLinear(AdapterLinear):
         if views is not None and any(r != self._largest for r in ranks):
             places = [h * self._largest + i for h, r in enumerate(ranks) for i in range(r)]
             self._rows = torch.tensor(places, device=views["lora_A"].device)
+
+    def probe_rows(self, part: str, flat: Tensor, count: int) -> Tensor:
+        by_head = flat.view(self.num_heads, count, -1)
+        return by_head if (part == "lora_B") == (self.side == "out") else by_head.flatten(0, 1)
 
     def shared_rows(self) -> Tensor | None:
         return None if self.side == "in" else super().shared_rows()
@@ -399,6 +423,35 @@ def bind_arena(
             alive = own if own is not None and "lora_A" in own else None
             adapter.bind(alive, layout.site_ranks[module], pieces.get(module))
     return views
+
+
+def bind_probes(
+    adapters: Mapping[str, AdapterLinear | DenseModule],
+    table: RankTable,
+    *,
+    count: int,
+    part: str,
+    leaf: Tensor,
+    fixed: Tensor,
+) -> None:
+    """Gives each adapter its probe components for one forward, until the next `bind_arena`.
+
+    Args:
+        count: k, of each site. part: which one the leaf is, lora_A or lora_B.
+        leaf, fixed: flat, site by site in table order, k rows each.
+    """
+    other = "lora_A" if part == "lora_B" else "lora_B"
+    columns = {"lora_A": [s.in_features for s in table.sites], "lora_B": [s.out_features for s in table.sites]}
+    modules = table.known_sites.modules
+    pieces = {
+        name: torch.split(flat, [count * sum(columns[name][a:b]) for _, a, b in modules])
+        for name, flat in ((part, leaf), (other, fixed))
+    }
+    for (module, _, _), own, rest in zip(modules, pieces[part], pieces[other], strict=True):
+        adapter = adapters[module]
+        assert isinstance(adapter, AdapterLinear)
+        rows = {part: adapter.probe_rows(part, own, count), other: adapter.probe_rows(other, rest, count)}
+        adapter.probe = Probe(rows[part], rows[other], up=part == "lora_B")
 
 
 def drop_views(adapters: Mapping[str, AdapterLinear | DenseModule]) -> None:

@@ -198,6 +198,7 @@ class StepSum:
     flag: int
     milliseconds: int = 0
     numbers: tuple[float, ...] = ()
+    exponent: int = 0  # the sum was made in units of 2^-exponent
 
 
 class ExactSum:
@@ -282,6 +283,7 @@ class ExactSum:
             flag=flags,
             milliseconds=spent,
             numbers=tuple(numbers),
+            exponent=self.exponent,
         )
 
     def _to_float(self) -> Tensor:

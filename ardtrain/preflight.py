@@ -59,7 +59,7 @@ from ardtrain.ranks import Dense, RankTable, Site
 from ardtrain.token_rows import find_tokens, refuse_whole_embeddings, token_entry
 
 _FORMATS: dict[str, Any] = {"sequence_classification": "classification", "image_text_to_text": "image_text"}
-MOVES_RANKS = ("elalora", "adalora", "alora", "ard_lora")
+MOVES_RANKS = ("elalora", "adalora", "alora", "ard_lora", "probe_lora")
 UNKNOWN_STEPS = 1 << 40  # longer than any schedule
 
 
@@ -127,6 +127,7 @@ def shape_of(config: RunConfig, model: PreTrainedModel, labels: tuple[str, ...])
         return Shape(RankTable.start((), ()), num_base, num_base, fingerprint, labels=labels, sizes=sizes)
     shape = Shape(table, 0, num_base, fingerprint, heads, trained, labels, tokens, rows, sizes)
     _check_shortlist(config, table)
+    _check_probes(config, table)
     method = make_method(config, shape, total_steps=UNKNOWN_STEPS)  # for shapes alone
     dense = (*method.dense(sites), *shape.dense)
     layout = ArenaLayout(table, method.entries, dense)
@@ -171,7 +172,7 @@ def weight_sizes(model: PreTrainedModel) -> WeightSizes:
 
 
 def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[int], dict[str, Heads]]:
-    """Sites, first ranks and, for ARD-LoRA, the matrices that are cut by head."""
+    """Sites, first ranks and, where a head is a site or has a gate, the matrices that are cut by head."""
     frozen = [tower for tower, own in config.targets.items() if own.frozen or own.full]
     towers = {tower: adapter_settings(config, tower) for tower in config.targets if tower not in frozen}
     sites, ranks = find_sites(
@@ -186,14 +187,15 @@ def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[
     )
     if config.use_rslora:
         sites = [replace(s, scaling=s.scaling * math.sqrt(r)) for s, r in zip(sites, ranks, strict=True)]
-    if config.method != "ard_lora":
+    form = adapter_form(config)
+    if form not in ("own_a", "shared_a"):
         return sites, ranks, {}
-    block = config.ard_lora or ArdLoraBlock()
     configs = {site.tower: tower_config(model, site.tower) for site in sites}
-    heads = find_heads(sites, configs, mlp_heads=block.mlp_heads, chosen=block.head_modules)
-    if block.tie == "head":
+    ard = config.ard_lora or ArdLoraBlock()
+    heads = find_heads(sites, configs, mlp_heads=ard.mlp_heads, chosen=ard.head_modules)
+    if ard.tie == "head":
         refuse_fused(heads)
-    if block.layout == "own_a":
+    if form == "own_a":
         sites, ranks = split_heads(sites, ranks, heads)
     return sites, ranks, heads
 
@@ -411,11 +413,28 @@ def steps_per_epoch(config: RunConfig, train: TrainData) -> float:
     return train.num_rows(0) / config.global_batch_size
 
 
+def _check_probes(config: RunConfig, table: RankTable) -> None:
+    """Raises ConfigError: a site has room for fewer orthogonal rows than it is to have probes."""
+    if config.method != "probe_lora" or config.probe_lora is None:
+        return
+    count = config.probe_lora.probe_components
+    smallest = min(table.sites, key=lambda site: site.max_rank)
+    if count > smallest.max_rank:
+        raise ConfigError(
+            [
+                f"probe_lora.probe_components={count} exceeds the largest rank of {smallest.name}, "
+                f"{smallest.max_rank}; lower it, or leave that module out with exclude_modules"
+            ]
+        )
+
+
 def make_method(config: RunConfig, shape: Shape, *, total_steps: int, steps_per_epoch: float = 1.0) -> Method:
     """The config's method with its own block's settings."""
     block = getattr(config, config.method, None)
     settings: dict[str, Any] = block.model_dump() if block is not None else {}
     shared: dict[str, tuple[int, str]] = {}
+    if config.method == "probe_lora":
+        del settings["level"]
     if config.method == "elalora" and settings.pop("compat") == "reference":
         settings |= {"allow_swap": True, "newborn_immunity": False, "newborn_norm": "unit"}  # methods.md 2.3, 2.4
     if config.method == "alora":
@@ -443,7 +462,9 @@ def adapter_form(config: RunConfig) -> Form:
     """The form of the method's adapters."""
     if config.method == "dora":
         return "dora"
-    return (config.ard_lora or ArdLoraBlock()).layout if config.method == "ard_lora" else "plain"
+    if config.method == "ard_lora":
+        return (config.ard_lora or ArdLoraBlock()).layout
+    return "own_a" if config.probe_lora is not None and config.probe_lora.level == "head" else "plain"
 
 
 def schedule_text(config: RunConfig, train: TrainData) -> str:

@@ -195,6 +195,41 @@ class AdapterProduct(torch.autograd.Function):
         return of_x, None, None, None, of_b, None, None if ctx.leads else of_hidden, None, *of_rows
 
 
+class Probed(torch.autograd.Function):
+    """The output as it is; backward also gives the gradient of probe components (methods.probing), and nothing else.
+
+    Probes add `scale u B`, u = x A^T, of which one of A and B is zero: the output and the gradient of x are what they
+    are without them, to the bit, because the products that would say so are left out.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, out: Tensor, x: Tensor, leaf: Tensor, fixed: Tensor, scale: float, up: bool
+    ) -> Tensor:
+        """[..., O] as given.
+
+        Args:
+            leaf: the zero part, B if `up`, else A; fixed: the other. In the shapes that AdapterProduct takes.
+        """
+        with part("probes"):
+            kept = down(x.reshape(-1, x.shape[-1]), fixed.to(x.dtype)) if up else x
+        ctx.scale, ctx.up = scale, up
+        ctx.save_for_backward(kept, leaf, fixed)
+        return _unflattened(out, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        kept, leaf, fixed = ctx.saved_tensors
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        with part("probes"):
+            if ctx.up:
+                of_leaf = _up_gradient(kept, grad_NO, leaf).to(leaf.dtype).mul_(ctx.scale)
+            else:
+                of_hidden = _up_transposed(grad_NO, (fixed * ctx.scale).to(grad.dtype))
+                of_leaf = _down_gradient(kept.reshape(-1, kept.shape[-1]), of_hidden, leaf).to(leaf.dtype)
+        return grad, None, of_leaf, None, None, None
+
+
 class Scaled(torch.autograd.Function):
     """`magnitude / norm * whole + bias` for magnitude and norm [O] float32: one pass over the output, in float32.
 

@@ -96,6 +96,7 @@ def rehearsal_config(config: RunConfig, *, world_size: int) -> RunConfig:
 SQUEEZED: Mapping[str, Mapping[str, Any]] = {
     "elalora": {"init_warmup": 0, "final_warmup": 1, "mask_interval": 1},
     "adalora": {"tinit": 0, "tfinal": 1, "deltaT": 1},
+    "probe_lora": {"init_warmup": 0, "final_warmup": 1, "mask_interval": 1, "probes": "separate", "probe_steps": 2},
     "alora": {"k1_steps": 2, "k2_steps": 1, "rounds": 1, "shortlist": None},
     "ard_lora": {"init_warmup": 1, "final_warmup": 1, "alpha_interval": 1, "resize_interval": 1},
 }

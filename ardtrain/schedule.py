@@ -43,6 +43,23 @@ def reallocates(step: int, *, total_steps: int, init_warmup: int, final_warmup: 
     return init_warmup < step < total_steps - final_warmup and (step - init_warmup) % interval == 0
 
 
+def moved_components(
+    step: int,
+    *,
+    b: int,
+    total_steps: int,
+    init_warmup: int,
+    final_warmup: int,
+    mask_interval: int,
+    enable_scheduler: bool,
+) -> int:
+    """Components to move after this step by ElaLoRA's schedule, b or b(t) at its event steps, else 0."""
+    span = {"total_steps": total_steps, "init_warmup": init_warmup, "final_warmup": final_warmup}
+    if not reallocates(step, **span, interval=mask_interval):
+        return 0
+    return cubic_budget(step, amount=b, **span) if enable_scheduler else b
+
+
 LOSS_SCALE_START = 2.0**16
 LOSS_SCALE_GROWTH_STEPS = 1000
 

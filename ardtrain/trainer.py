@@ -15,13 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from ardtrain import schedule
-from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views, group_adapters
+from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, bind_probes, drop_views, group_adapters
 from ardtrain.arena import ArenaLayout
 from ardtrain.best import Judge
-from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
+from ardtrain.collectives import (
+    HEADROOM_BITS,
+    LIMIT_BITS,
+    START_EXPONENT,
+    ExactSum,
+    StepSum,
+    World,
+    deal,
+    next_exponent,
+)
 from ardtrain.data import Batch
 from ardtrain.evaluation import Grains, HeldOut, LossSum, held_out_loss, loss_sum
-from ardtrain.methods.base import Method, Statistics
+from ardtrain.methods.base import Method, ProbeSums, Statistics
 from ardtrain.observe import Clock
 from ardtrain.ranks import named_seed
 from ardtrain.resize import LiveArena, ResizeRecord
@@ -203,6 +212,36 @@ class Hooks:
     alive: Callable[[], None] = lambda: None  # something was done: for the watchdog
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What a step's probes add to its exact sum: their gradient and, behind it, its square; nothing without probes.
+
+    leaves: the probes' zero part [P], or none. observe: takes the sums.
+    """
+
+    leaves: Sequence[Tensor] = ()
+    observe: Callable[[ProbeSums], None] = lambda sums: None
+
+    @property
+    def size(self) -> int:
+        return 2 * sum(leaf.numel() for leaf in self.leaves)
+
+    def squared(self, gradient: Tensor, exponent: int) -> list[Tensor]:
+        """[P] twice: a grain's gradient and its square, of which the largest is of the order of the gradient's."""
+        return [gradient, gradient.square() * self._unit(exponent)]
+
+    def tell(self, total: StepSum) -> None:
+        """Hands the sums over."""
+        if not self.leaves:
+            return
+        first, second = total.gradient[-self.size :].chunk(2)
+        self.observe(ProbeSums(first, second / self._unit(total.exponent), len(total.losses)))
+
+    def _unit(self, exponent: int) -> float:
+        """A power of two: fixed point of 2^-e holds gradients to about 2^(53 - e), and so their squares by this."""
+        return 2.0 ** (exponent - LIMIT_BITS + 1 + HEADROOM_BITS)
+
+
 @dataclass
 class Trainer:
     """Owns backward, clip, step, score and resize."""
@@ -297,7 +336,7 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer step of the whole global batch. All processes must call this."""
         step, s = self.state.step, self.settings
-        total = self._sum_of_grains(step)
+        total, heard = self._sum_of_grains(step)
         self.state.step = step + 1
         num_targets, num_tokens = sum(total.tokens), sum(total.processed)
         loss = math.fsum(total.losses) / max(1, num_targets)
@@ -311,7 +350,7 @@ class Trainer:
         if not total.finite:
             return self._void(step, total, loss, lr)
         size = self.arena.layout.size
-        gradient, gates = total.gradient[:size], total.gradient[size:]  # means
+        gradient, gates = total.gradient[:size], total.gradient[size : total.gradient.numel() - heard.size]  # means
         norm, extra_loss = total.numbers
         if step == 0:
             self._refuse_untouched(gradient)
@@ -331,6 +370,7 @@ class Trainer:
             seen = before or Statistics(gradient, self.arena.engine.weights)
             with part("scores"):
                 self.method.observe(step, replace(seen, gates=gates))
+                heard.tell(total)
                 self.method.after_step(step)
             self.state.tokens_seen += num_tokens
             result = StepResult(step, loss, extra_loss, norm, lr, num_targets, num_tokens, False, total.flag)
@@ -356,34 +396,51 @@ class Trainer:
                 new.copy_(old + (new - old) * share)
         engine.set_weights(weights)
 
-    def _sum_of_grains(self, step: int) -> StepSum:
-        """Forward and backward of this process's grains and the exact sum over all, gates behind the arena's numbers.
+    def _sum_of_grains(self, step: int) -> tuple[StepSum, Heard]:
+        """Forward and backward of this process's grains and the exact sum over all: arena's numbers, gates, probes.
 
         Its gradient is the mean over the target tokens, with the method's own loss in it; its numbers are the norm and
         that loss. The step's one host synchronisation is in `reduce`.
+        """
+        leaf, gates, views = self._bind(step)
+        leaves = [leaf] if gates is None else [leaf, gates]
+        own = sum(t.numel() for t in leaves)
+        heard = Heard()
+        if self.method.probes is not None and (riding := self.method.probes.riding(step)) is not None:
+            heard = self._bind_probes(*riding)
+
+        def finish(gradient: Tensor, num_targets: Tensor) -> Tensor:
+            with part("clip"):
+                mean = gradient[:own].div_(num_targets.double() * self.state.loss_scale)[: len(leaf)]
+                extra = self._add_extra_loss(mean, leaf, views)
+                return torch.stack([torch.linalg.vector_norm(mean, dtype=torch.float64), extra.double()])
+
+        return self._exact(step, self.data.grains(step), leaves, heard, finish), heard
+
+    def _exact(
+        self,
+        step: int,
+        grains: Sequence[Any],
+        leaves: Sequence[Tensor],
+        heard: Heard,
+        finish: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> StepSum:
+        """The exact sum over grains of the gradients by the leaves and by probes.
 
         Repeated until it is valid: a sum is invalid when a number might have left fixed point's range, or (fp16) when
         only the scaled gradient left float16's. Every process sees the same numbers and lowers the same exponent or
         scale.
         """
-        leaf, gates, views = self._bind(step)
-        leaves = [leaf] if gates is None else [leaf, gates]
-        grains = self.data.grains(step)
-
-        def finish(gradient: Tensor, num_targets: Tensor) -> Tensor:
-            with part("clip"):
-                own = gradient.div_(num_targets.double() * self.state.loss_scale)[: len(leaf)]
-                extra = self._add_extra_loss(own, leaf, views)
-                return torch.stack([torch.linalg.vector_norm(own, dtype=torch.float64), extra.double()])
-
         for _ in range(MAX_REPEATS):
-            numbers = sum(t.numel() for t in leaves)
+            numbers = sum(t.numel() for t in leaves) + heard.size
             total = ExactSum(numbers, len(grains), exponent=self.state.exponent, device=self.world.device)
             dealt = deal(len(grains), self.world.world_size, self.world.global_rank)
             start = time.perf_counter()
             for index, counted in dealt:
                 batch = self.data.collate(grains[index])
-                loss, pieces = self._grain(step, index, batch, leaves)
+                loss, pieces = self._grain(step, index, batch, [*leaves, *heard.leaves])
+                if heard.leaves:
+                    pieces += heard.squared(pieces.pop() / self.state.loss_scale, self.state.exponent)
                 if counted:
                     counts = {"tokens": batch.num_target_tokens, "processed": batch.num_tokens}
                     with part("sum"):
@@ -415,6 +472,35 @@ class Trainer:
             gates = gates.to(self.world.device).requires_grad_()
         self._group_adapters()
         return leaf, gates, bind_arena(self.adapters, self.arena.layout, leaf, gates)
+
+    def _bind_probes(self, index: int, event: int) -> Heard:
+        """Hands the adapters this round's probes, with a fresh leaf of zeros."""
+        rounds, device = self.method.probes, self.world.device
+        assert rounds is not None
+        probes = rounds.make(index, event, self.settings.seed)
+        leaf = torch.zeros(probes.size, device=device, requires_grad=True)
+        bind_probes(
+            self.adapters,
+            self.arena.table,
+            count=probes.count,
+            part=probes.part,
+            leaf=leaf,
+            fixed=probes.fixed.to(device),
+        )
+        return Heard([leaf], lambda sums: rounds.observe(index, event, sums))
+
+    def _probe(self, step: int) -> None:
+        """Rounds of probes that do not ride along: grains of the last steps once more, with the weights as they are."""
+        rounds, exponent = self.method.probes, self.state.exponent
+        count = 0 if rounds is None else rounds.separate(step)
+        for index in range(count):
+            self._bind(step)
+            heard = self._bind_probes(index, step)
+            grains = self.data.grains(max(0, step - count + 1 + index))
+            total = self._exact(step, grains, [], heard, None)
+            if total.finite:
+                heard.tell(total)
+        self.state.exponent = exponent  # of the arena's gradients
 
     def _group_adapters(self) -> None:
         """Before anything else runs the model: one forward that shows which adapters share an input.
@@ -472,6 +558,7 @@ class Trainer:
             return None
         self._group_adapters()
         self.state.pending_plan = True
+        self._probe(step)
         scores, notes = self._scores(step)
         self.state.pending_plan = False
         plan = self.method.plan(step, scores)

@@ -5,12 +5,14 @@ python -m benchmarks.methods [--shape 256x8] [--bf16] [--length 128] [--blocks 7
 One process, the base whole (no ZeRO-3), float32, rank 8 on all linear layers (ARD-LoRA by head: the rank that gives as
 many numbers), 2 x 128 tokens. With --bf16 base and products are in bfloat16, PEFT's adapters too (ours have float32
 masters). Adaptive methods stand where they have nothing to decide: ALoRA between two rounds,
-ElaLoRA and AdaLoRA in their averaging phase and in the final one, ARD-LoRA after its freeze. All variants take turns in
-blocks of steps within one start, so that the machine's moods fall on all alike.
+ElaLoRA and AdaLoRA in their averaging phase and in the final one, ARD-LoRA after its freeze, probe growth between two
+events. `probe_riding` has probes in every step and an event every 12: at an interval of D steps 12 of D are like it.
+All variants take turns in blocks of steps within one start, so that the machine's moods fall on all alike.
 """
 
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from ardtrain.methods.alora import Alora, AloraSettings
 from ardtrain.methods.dora import Dora
 from ardtrain.methods.lora import Lora
 from benchmarks.common import SHAPES, described, join_world, machine, parser, random_llama, summary, timed, write
-from tests.tiny import TokenBatches, ard_lora, elalora, tiny_trainer
+from tests.tiny import TokenBatches, ard_lora, elalora, probe_lora, tiny_trainer
 
 LONG = 10**6
 ADALORA = AdaLoraSettings(LONG, 8, LONG // 2, 10, 1, 0.85, 0.85, 0.0, "mean_norm", "end")
@@ -39,12 +41,20 @@ def ela(final_warmup):
     )  # fmt: skip
 
 
+def growing(**changes):
+    """Probe growth with its defaults and the shortest interval that they allow."""
+    given = {"total_steps": LONG, "final_warmup": 1, "mask_interval": 12, "probe_components": 4, "probe_steps": 6}
+    return probe_lora(**given | changes)
+
+
 OURS = {
     "lora": (Lora, {}),
     "lora_again": (Lora, {}),
     "alora_idle": (alora, {}),
     "elalora_averaging": (lambda: ela(0), {}),
     "elalora_final": (lambda: ela(LONG - 1), {}),
+    "probe_between": (partial(growing, init_warmup=LONG // 2), {}),
+    "probe_riding": (partial(growing, init_warmup=0), {}),
     "adalora_averaging": (lambda: AdaLora(ADALORA), {}),
     "dora": (Dora, {"form": "dora"}),
     "ard_frozen": (lambda: ard_lora(total_steps=LONG, init_warmup=0, final_warmup=LONG - 1), {"form": "own_a"}),

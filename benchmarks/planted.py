@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from ardtrain.methods.ard_lora import ArdLora, ArdLoraSettings
 from ardtrain.methods.dora import Dora
 from ardtrain.methods.elalora import ElaLora, ElaLoraSettings
 from ardtrain.methods.lora import Lora
+from ardtrain.methods.probe_lora import ProbeLora, ProbeLoraSettings
 from ardtrain.ranks import RankTable, named_seed
 from ardtrain.resize import LiveArena
 from ardtrain.trainer import Hooks, LoopSettings, Trainer
@@ -277,6 +278,19 @@ def ard_lora(problem, table):
     )  # fmt: skip
 
 
+def probe_lora(problem, table, **changes):
+    """ElaLoRA's schedule with twice its interval and twice as many components an event, so as many moves."""
+    steps, block = problem.settings.steps, problem.settings.elalora
+    first, last, interval = (round(block[name] * steps) for name in ("init_warmup", "final_warmup", "mask_interval"))
+    given = {
+        "total_steps": steps, "b": 2 * block["b"], "init_warmup": first, "final_warmup": last,
+        "mask_interval": max(2, 2 * interval), "enable_scheduler": True, "probes": "ride", "probe_components": 4,
+        "probe_steps": max(2, min(6, interval)), "prune_by": "gate", "budget_in": "components",
+        "newborn_immunity": True, "beta": 0.85,
+    }  # fmt: skip
+    return ProbeLora(ProbeLoraSettings(**given | changes), table)
+
+
 LORA_RATES, SVD_RATES = (5e-3, 1e-2, 2e-2), (5e-2, 8e-2, 1.2e-1)
 METHODS = {
     "lora": Entry(lora, LORA_RATES),
@@ -290,6 +304,9 @@ METHODS = {
     "adalora": Entry(adalora, SVD_RATES, ranks=lambda p: [p.settings.r * 3 // 2] * len(p.sites)),
     "alora": Entry(alora, LORA_RATES),
     "ard_lora": Entry(ard_lora, LORA_RATES),
+    "probe_lora": Entry(probe_lora, LORA_RATES),
+    "probe_separate": Entry(partial(probe_lora, probes="separate"), LORA_RATES),
+    "probe_sensitivity": Entry(partial(probe_lora, prune_by="sensitivity"), LORA_RATES),
 }
 
 

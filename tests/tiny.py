@@ -24,6 +24,7 @@ from ardtrain.heads import find_heads, split_heads
 from ardtrain.methods.ard_lora import ArdLora, ArdLoraSettings
 from ardtrain.methods.base import FixedRank
 from ardtrain.methods.elalora import ElaLora, ElaLoraSettings
+from ardtrain.methods.probe_lora import ProbeLora, ProbeLoraSettings
 from ardtrain.ranks import RankTable, Site, named_seed
 from ardtrain.resize import LiveArena
 from ardtrain.trainer import LoopSettings, Trainer
@@ -230,6 +231,28 @@ ARD = ArdLoraSettings(
 def ard_lora(**changes):
     """A maker of ARD-LoRA for `tiny_trainer`: alphas learn from step 4 to 47 of 60."""
     return lambda table, shared: ArdLora(replace(ARD, **changes), table, shared)
+
+
+PROBE = ProbeLoraSettings(
+    total_steps=60,
+    b=4,
+    init_warmup=4,
+    final_warmup=10,
+    mask_interval=6,
+    enable_scheduler=False,
+    probes="ride",
+    probe_components=2,
+    probe_steps=3,
+    prune_by="gate",
+    budget_in="components",
+    newborn_immunity=True,
+    beta=0.85,
+)
+
+
+def probe_lora(**changes):
+    """A maker of probe growth for `tiny_trainer`: events from step 10 on, every 6."""
+    return lambda table, shared: ProbeLora(replace(PROBE, **changes), table)
 
 
 LOOP = LoopSettings(

@@ -13,11 +13,12 @@ from ardtrain.config.block import Block, tuple_of
 from ardtrain.config.evaluation import LOGGED, EvaluationBlock, best_metric
 from ardtrain.config.launcher import LauncherBlock
 
-Method = Literal["ard_lora", "elalora", "alora", "lora", "dora", "adalora", "full"]
+Method = Literal["ard_lora", "elalora", "alora", "lora", "dora", "adalora", "probe_lora", "full"]
 METHODS: tuple[str, ...] = get_args(Method)
 NEEDS_BLOCK = {  # method -> settings of its block that have no default
     "elalora": "init_warmup, final_warmup and mask_interval",
     "adalora": "target_r, tinit and tfinal",
+    "probe_lora": "init_warmup, final_warmup and mask_interval",
 }
 SIGNALS = Literal["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"]
 
@@ -157,6 +158,46 @@ class ElaLoraBlock(Block):
     """reference: the published choices, whatever allow_swap, newborn_immunity and newborn_norm say; not its defects."""
 
 
+class ProbeLoraBlock(Block):
+    """Probe growth (ours); the schedule is ElaLoRA's, in optimizer steps. Source: methods.md 8."""
+
+    init_warmup: int = Field(ge=0)
+    """Steps before the first interval starts."""
+    final_warmup: int = Field(ge=0)
+    """Last steps of the run, in which ranks stay."""
+    mask_interval: int = Field(ge=1)
+    """Steps between two reallocations."""
+    b: int = Field(default=4, ge=1)
+    """Most components moved in one reallocation, over all sites."""
+    enable_scheduler: bool = True
+    """Let b fall to 0 over the run (cubic)."""
+    probes: Literal["ride", "separate"] = "ride"
+    """ride: with the last 2 probe_steps steps before a reallocation; separate: that many passes of their own."""
+    probe_components: int = Field(default=4, ge=1)
+    """Probes of a site; it gains at most so many components in one reallocation."""
+    probe_steps: int = Field(default=6, ge=2)
+    """Steps that look for a signal, and as many that look for its direction."""
+    prune_by: Literal["gate", "sensitivity"] = "gate"
+    """gate: average squared gradient of a factor on the component; sensitivity: ElaLoRA's score."""
+    budget_in: Literal["components", "parameters"] = "components"
+    """What the total that stays is counted in."""
+    newborn_immunity: bool = True
+    """A newborn component cannot be pruned for one interval."""
+    beta: float = Field(default=0.85, ge=0, lt=1)
+    """Decay of the averages that decide who leaves."""
+    level: Literal["matrix", "head"] = "matrix"
+    """head: each attention head of q, k, v and o is a site of its own."""
+
+    def cross_field_errors(self) -> list[str]:
+        if self.probes == "ride" and 2 * self.probe_steps > self.mask_interval:
+            return [
+                f"probe_steps={self.probe_steps} needs {2 * self.probe_steps} steps before a reallocation and "
+                f"mask_interval={self.mask_interval} has fewer; lower probe_steps, raise mask_interval, or set "
+                "probes=separate"
+            ]
+        return []
+
+
 class AdaLoraBlock(Block):
     """AdaLoRA (arXiv 2303.10512), PEFT's names; `r` is its init_r, total_step is the run's. Source: methods.md 4.3."""
 
@@ -294,6 +335,7 @@ class RunConfig(Block):
     budget: Literal["shared", "per_tower"] = "shared"
     """shared: ranks move across towers; per_tower: each keeps its share of the total and is allocated by itself."""
     elalora: ElaLoraBlock | None = None
+    probe_lora: ProbeLoraBlock | None = None
     adalora: AdaLoraBlock | None = None
     alora: AloraBlock | None = None
     ard_lora: ArdLoraBlock | None = None
@@ -536,10 +578,15 @@ class RunConfig(Block):
             errors.append(
                 f"warmup_ratio={self.warmup_ratio} stands beside warmup_steps={self.warmup_steps}; remove one"
             )
-        if self.init_from is not None and self.method not in ("lora", "elalora", "adalora", "alora"):
+        if self.init_from is not None and self.method not in ("lora", "elalora", "adalora", "alora", "probe_lora"):
             errors.append(
                 f"init_from={self.init_from} starts whole matrices and does not fit method={self.method}; use lora, "
-                "elalora, adalora or alora"
+                "elalora, adalora, alora or probe_lora"
+            )
+        if self.init_from is not None and self.probe_lora is not None and self.probe_lora.level == "head":
+            errors.append(
+                f"init_from={self.init_from} starts whole matrices and does not fit probe_lora.level=head; set it to "
+                "matrix"
             )
         for name in ("eval_steps", "eval_on_start"):
             if getattr(self, name) and self.data.eval_file is None:
@@ -601,7 +648,9 @@ def schedule_errors(config: RunConfig, total_steps: int) -> list[str]:
     if config.warmup_steps > total_steps:
         errors.append(f"warmup_steps={config.warmup_steps} exceeds the run's {total_steps} steps; lower it")
     if config.elalora is not None and config.method == "elalora":
-        errors += _elalora_schedule(config.elalora, total_steps)
+        errors += _elalora_schedule("elalora", config.elalora, total_steps)
+    if config.probe_lora is not None and config.method == "probe_lora":
+        errors += _elalora_schedule("probe_lora", config.probe_lora, total_steps)
     if config.adalora is not None and config.method == "adalora":
         block = config.adalora
         errors += _no_span("adalora", "tinit", block.tinit, "tfinal", block.tfinal, total_steps)
@@ -648,23 +697,23 @@ def alora_steps(block: AloraBlock, steps_per_epoch: float) -> tuple[int, int]:
     return k1, k2
 
 
-def _elalora_schedule(block: ElaLoraBlock, total_steps: int) -> list[str]:
+def _elalora_schedule(name: str, block: ElaLoraBlock | ProbeLoraBlock, total_steps: int) -> list[str]:
     """ElaLoRA's first and largest reallocation falls on t = init_warmup + mask_interval (methods.md 2.3)."""
     errors = []
     span = total_steps - block.init_warmup - block.final_warmup
     if span <= 0:
         errors.append(
-            f"elalora.init_warmup={block.init_warmup} + elalora.final_warmup={block.final_warmup} leave none of the "
+            f"{name}.init_warmup={block.init_warmup} + {name}.final_warmup={block.final_warmup} leave none of the "
             f"run's {total_steps} steps for reallocation; lower them or train longer"
         )
     elif block.mask_interval >= span:
         errors.append(
-            f"elalora.mask_interval={block.mask_interval} gives no reallocation in the {span} steps between the "
+            f"{name}.mask_interval={block.mask_interval} gives no reallocation in the {span} steps between the "
             "warm-ups; lower it below that or train longer"
         )
     elif block.enable_scheduler and round(block.b * (1.0 - (block.mask_interval / span) ** 3)) < 1:
         errors.append(
-            f"elalora.b={block.b} has fallen to 0 by the first reallocation (step "
-            f"{block.init_warmup + block.mask_interval}); lower elalora.mask_interval={block.mask_interval} or raise b"
+            f"{name}.b={block.b} has fallen to 0 by the first reallocation (step "
+            f"{block.init_warmup + block.mask_interval}); lower {name}.mask_interval={block.mask_interval} or raise b"
         )
     return errors

@@ -12,6 +12,7 @@ from ardtrain.methods.base import Method
 from ardtrain.methods.dora import Dora
 from ardtrain.methods.elalora import ElaLora, ElaLoraSettings
 from ardtrain.methods.lora import Lora
+from ardtrain.methods.probe_lora import ProbeLora, ProbeLoraSettings
 from ardtrain.ranks import RankTable
 
 
@@ -41,4 +42,6 @@ def build(
         return Alora(AloraSettings(total_steps=total_steps, **block))
     if name == "ard_lora":
         return ArdLora(ArdLoraSettings(total_steps=total_steps, **block), table, shared_heads)
+    if name == "probe_lora":
+        return ProbeLora(ProbeLoraSettings(total_steps=total_steps, **block), table)
     raise ValueError(f"method={name} has no adapters")

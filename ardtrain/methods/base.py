@@ -58,13 +58,15 @@ class Binding:
     """What the loop hands a method after each build (start, resize, resume).
 
     age: [R] int64, optimizer steps since each component's birth, the same on every process; kept by the loop.
-    state: name -> tensor as declared by `state_tensors`, written in place by the method.
+    state: name -> tensor as declared by `state_tensors`, written in place by the method. whole: all components, cut
+    like a shard.
     """
 
     table: RankTable
     shard: ShardView
     age: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
+    whole: ShardView | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,60 @@ class Statistics:
     gates: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Probes:
+    """Components that go through a forward and are never updated; one part is zero, so no output changes.
+
+    count: k, of each site. part: the zero part, whose gradient is wanted, lora_A or lora_B; size: P, its numbers.
+    fixed: the other part's rows, float32 on the host. Both flat, site by site in table order, k rows each.
+    """
+
+    count: int
+    part: Literal["lora_A", "lora_B"]
+    size: int
+    fixed: Tensor
+
+
+@dataclass(frozen=True)
+class ProbeSums:
+    """Exact sums over a round's grains: first of the probes' gradients of the grain's loss sum, second of its squares.
+
+    Both [P] float32.
+    """
+
+    first: Tensor
+    second: Tensor
+    num_grains: int
+
+
+class ProbeRounds(Protocol):
+    """Probes of a method: rounds 0, 1, ... before each of its events, each over the grains of one step.
+
+    numbers: of all probes' B, and of their A.
+    """
+
+    numbers: tuple[int, int]
+
+    def riding(self, step: int) -> tuple[int, int] | None:
+        """(round, step of its event) that goes with this step's own forward and backward, or None."""
+        ...
+
+    def separate(self, step: int) -> int:
+        """Rounds of their own before the plan after this step; their grains are those of the last steps."""
+        ...
+
+    def make(self, index: int, event: int, seed: int) -> Probes:
+        """A round's probes, a function of the run's seed, the event's step and what was seen."""
+        ...
+
+    def observe(self, index: int, event: int, sums: ProbeSums) -> None: ...
+
+
 class Method(Protocol):
     """An allocator. Steps count from 0; `total_steps` is given to the constructor."""
 
     needs: Needs
+    probes: ProbeRounds | None
 
     def entries(self, site: Site) -> Mapping[str, int]:
         """Part -> numbers in one component's row, in the order of the arena."""
@@ -151,6 +203,7 @@ class FixedRank:
     """The protocol with nothing to decide; methods replace what they need (composition of defaults, no state)."""
 
     needs = Needs()
+    probes: ProbeRounds | None = None
     binding: Binding
 
     def state_tensors(self) -> Mapping[str, StateKind]:

@@ -97,18 +97,14 @@ class ElaLora(FixedRank):
     def amount(self, step: int) -> int:
         """b(t): components to move at this step, 0 for none."""
         s = self.settings
-        if not schedule.reallocates(
+        return schedule.moved_components(
             step,
+            b=s.b,
             total_steps=s.total_steps,
             init_warmup=s.init_warmup,
             final_warmup=s.final_warmup,
-            interval=s.mask_interval,
-        ):
-            return 0
-        if not s.enable_scheduler:
-            return s.b
-        return schedule.cubic_budget(
-            step, amount=s.b, total_steps=s.total_steps, init_warmup=s.init_warmup, final_warmup=s.final_warmup
+            mask_interval=s.mask_interval,
+            enable_scheduler=s.enable_scheduler,
         )
 
     def due(self, step: int) -> bool:

@@ -19,7 +19,7 @@ from ardtrain.planning.gathering import Gathered, GatherSettings, play
 from ardtrain.planning.hardware import Machine, constant
 from ardtrain.planning.shapes import Shapes
 
-FP32, INT64 = 4, 8
+FP32, FP64, INT64 = 4, 8, 8
 PHASES = ("forward", "backward", "gradient", "step", "resize")
 Causes = dict[str, int]
 
@@ -170,9 +170,17 @@ def _arena(shapes: Shapes, world: int, place: Placement, host: Causes) -> tuple[
     state = {"master weights": FP32 * shard, "Adam's moments": 2 * FP32 * shard}
     (held if place.optimizer == "device" else host).update(state)
     host["snapshot for a save"] = (3 + shapes.entry_states) * FP32 * numbers
+    rounds = None if shapes.method is None else shapes.method.probes
+    heard = 0  # a round's gradient and its square
+    if rounds is not None:
+        up, down = rounds.numbers
+        heard = 2 * max(up, down)
+        held |= {"probes": FP32 * (up + down), "exact sum (int64)": INT64 * (numbers + heard)}
+        host["sums of probes"] = FP64 * (2 * up + down)
+        host["snapshot for a save"] += host["sums of probes"]
     chunk = min(numbers, CHUNK)
     gradient = {
-        "gradient": 2 * FP32 * numbers,  # in pieces, and joined
+        "gradient": 2 * FP32 * (numbers + heard),  # in pieces, and joined
         "conversion to int64": chunk * (INT64 + FP32),
     }
     step = {

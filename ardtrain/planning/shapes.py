@@ -17,14 +17,13 @@ from ardtrain.adapters import (
     DenseLinear,
     DenseModule,
     DoraLinear,
-    Form,
     attach,
     attach_dense,
     bind_arena,
 )
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, base_linears, meta_model
-from ardtrain.config import ArdLoraBlock, ConfigError, RunConfig, adapter_settings
+from ardtrain.config import ConfigError, RunConfig, adapter_settings
 from ardtrain.data import Batch
 from ardtrain.evaluation import loss_sum
 from ardtrain.logits import Form as LogitForm
@@ -220,13 +219,8 @@ def read_shapes(config: RunConfig, *, base_on_nvme: bool = False) -> Shapes:
     method = preflight.make_method(config, shape, total_steps=steps)
     layout = ArenaLayout(shape.table, method.entries, shape.dense)
     dropout = {s.tower: adapter_settings(config, s.tower).lora_dropout for s in shape.table.sites}
-    form: Form = "plain"
-    if config.method == "dora":
-        form = "dora"
-    elif config.method == "ard_lora":
-        form = (config.ard_lora or ArdLoraBlock()).layout
     adapters: dict[str, AdapterLinear | DenseModule] = {
-        **attach(model, shape.table.sites, dropout=dropout, form=form, heads=shape.heads)
+        **attach(model, shape.table.sites, dropout=dropout, form=preflight.adapter_form(config), heads=shape.heads)
     }
     for adapter in adapters.values():
         if isinstance(adapter, DoraLinear):

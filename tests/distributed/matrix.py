@@ -37,6 +37,7 @@ from tests.tiny import (
     ard_lora,
     backbone_config,
     elalora,
+    probe_lora,
     tiny_llama,
     tiny_trainer,
     weights_digest,
@@ -53,10 +54,11 @@ FAMILIES = {
     "alora": PLAIN | {"method": lambda: Alora(ALORA)},
     "own_a": PLAIN | {"method": lambda: ard_lora(), "form": "own_a", "r": 2},
     "shared_a": PLAIN | {"method": lambda: ard_lora(meta_interval=2, tie="head"), "form": "shared_a", "r": 2},
+    "probe": PLAIN | {"method": lambda: PROBE, "form": "own_a", "r": 2},
     "int8": {"dtype": "bfloat16", "dropout": 0.1, "packed": False, "num_grains": 5, "quantization": "int8"},
     "nf4": PLAIN | {"method": lambda: Dora(), "form": "dora", "quantization": "nf4"},
 }
-METHOD_FAMILIES = ("lora", "dora", "adalora", "alora", "own_a", "shared_a", "int8", "nf4")
+METHOD_FAMILIES = ("lora", "dora", "adalora", "alora", "own_a", "shared_a", "probe", "int8", "nf4")
 STEPS = 60
 ADALORA = AdaLoraSettings(
     total_steps=STEPS,
@@ -71,6 +73,7 @@ ADALORA = AdaLoraSettings(
     compact="end",
 )
 ALORA = AloraSettings(total_steps=STEPS, k1=10, k2=8, rounds=4, n_a=6, prune_only_harmful=False, revive=False)
+PROBE = probe_lora(total_steps=STEPS, mask_interval=7, budget_in="parameters")
 IDENTITY = checkpoint.Identity("tiny", "tokens", {})
 
 

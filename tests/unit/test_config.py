@@ -203,7 +203,8 @@ def test_quantization_that_makes_no_sense(given, line):
 
 
 ADALORA = {"target_r": 4, "tinit": 10, "tfinal": 20}
-BLOCKS = {"elalora": ELALORA, "adalora": ADALORA, "alora": {}, "ard_lora": {}}
+PROBE = {"init_warmup": 10, "final_warmup": 20, "mask_interval": 12}
+BLOCKS = {"elalora": ELALORA, "adalora": ADALORA, "alora": {}, "ard_lora": {}, "probe_lora": PROBE}
 HELD_OUT = {"train_file": "a.jsonl", "eval_file": "b.jsonl"}
 
 

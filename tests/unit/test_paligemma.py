@@ -126,6 +126,10 @@ METHOD_BLOCKS = {
     "adalora": {"elalora": None, "adalora": {"target_r": 2, "tinit": 2, "tfinal": 4}},
     "alora": {"elalora": None, "alora": {"val_batch": 4}},
     "ard_lora": {"elalora": None},
+    "probe_lora": {
+        "elalora": None,
+        "probe_lora": {"init_warmup": 2, "final_warmup": 4, "mask_interval": 6, "probe_steps": 2},
+    },
 }
 
 

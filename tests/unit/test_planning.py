@@ -179,11 +179,13 @@ def test_quantised_base_by_hand(folder):
     assert nf4.memory.device["forward"]["frozen base"] == rest + LAYERS * LAYER // 64 * 36
 
 
-@pytest.mark.parametrize("method", ["dora", "ard_lora", "adalora", "alora", "full"])
+@pytest.mark.parametrize("method", ["dora", "ard_lora", "adalora", "alora", "probe_lora", "full"])
 def test_every_method_is_planned(folder, method):
     changes = {"method": method}
     if method == "adalora":
         changes["adalora"] = {"target_r": 2, "tinit": 10, "tfinal": 10}
+    if method == "probe_lora":
+        changes["probe_lora"] = {"init_warmup": 10, "final_warmup": 10, "mask_interval": 20}
     if method == "alora":
         changes["data"] = {"train_file": "none.jsonl", "eval_file": "none.jsonl"}
     if method == "full":

@@ -44,6 +44,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ARDTRAIN_CACHE", str(tmp_path / "cache"))
 
 
+PROBE = {"init_warmup": 3, "final_warmup": 3, "mask_interval": 6, "probe_steps": 3}
 METHODS = {
     "elalora": ({}, "elalora: pruned 4, grew 4"),
     "lora": (NO_BLOCK, "rehearsal: one component moved"),
@@ -51,6 +52,7 @@ METHODS = {
     "adalora": ({**NO_BLOCK, "adalora": {"target_r": 2, "tinit": 3, "tfinal": 3}}, "adalora: removed 28 masked"),
     "alora": ({**NO_BLOCK, "alora": {"val_batch": 4, "k1": 0.5}}, "alora: pruned 7"),
     "ard_lora": (NO_BLOCK, "ard_lora: "),
+    "probe_lora": ({**NO_BLOCK, "probe_lora": PROBE}, "probe_lora: pruned 4, grew 4"),
 }
 
 

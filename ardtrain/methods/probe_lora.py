@@ -1,0 +1,217 @@
+"""Probe growth (ours; methods.md 8): a component is born where a silent probe hears a gradient above its own noise.
+
+`W x + scaling * B A x`, plain LoRA's form. Ranks move between sites from one pool: the least used components leave, and
+as many are born along the directions that probes found (`probing.py`). A site may lose all its components, and gain
+some again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ardtrain import schedule
+from ardtrain.methods.base import Binding, Needs, StateKind, Statistics
+from ardtrain.methods.lora import Lora
+from ardtrain.methods.probing import Candidates, Prober
+from ardtrain.methods.sensitivity import component_scores, observe_sensitivity, row_sums
+from ardtrain.methods.towers import allocate_by
+from ardtrain.ranks import Integers, RankPlan, RankTable, Site, prune_and_grow
+
+
+@dataclass(frozen=True)
+class ProbeLoraSettings:
+    """The method's block of the config, field for field, and the run's length. b and the schedule: as ElaLoRA's.
+
+    per_tower: each tower keeps its total and has its own b.
+    """
+
+    total_steps: int
+    b: int
+    init_warmup: int
+    final_warmup: int
+    mask_interval: int
+    enable_scheduler: bool
+    probes: Literal["ride", "separate"]
+    probe_components: int
+    probe_steps: int
+    prune_by: Literal["gate", "sensitivity"]
+    budget_in: Literal["components", "parameters"]
+    newborn_immunity: bool
+    beta: float
+    per_tower: bool = False
+
+
+class ProbeLora(Lora):
+    """State: the probes' sums; `gate` [R], an average of squared gate gradients, or ElaLoRA's two averages by entry."""
+
+    needs = Needs(ranks=True)
+
+    def __init__(self, settings: ProbeLoraSettings, table: RankTable) -> None:
+        """table: the run's first; its numbers are the budget where parameters are counted."""
+        s = self.settings = settings
+        self.probes = self._prober = Prober(
+            table.sites, count=s.probe_components, rounds=s.probe_steps, ride=s.probes == "ride", due=self.due
+        )
+        self._costs = np.array([site.in_features + site.out_features for site in table.sites], np.int64)
+        self._first = table
+        self._directions: dict[str, Tensor] = {}  # of the plan that is being applied
+
+    def init(
+        self, site: Site, existing: Mapping[str, Tensor], count: int, generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        """A along the site's found directions (unit norm), B = 0; at the start as LoRA."""
+        rows = dict(super().init(site, existing, count, generator))
+        found = self._directions.get(site.name)
+        if found is not None:
+            rows["lora_A"] = found[:count].clone()
+        return rows
+
+    def state_tensors(self) -> Mapping[str, StateKind]:
+        own: dict[str, StateKind] = {"mean": "per_entry", "spread": "per_entry"}
+        if self.settings.prune_by == "gate":
+            own = {"gate": "per_component"}
+        return {**own, **self._prober.state_tensors()}
+
+    def bind(self, binding: Binding) -> None:
+        super().bind(binding)
+        self._prober.bind(binding)
+        self._directions = {}
+
+    def observe(self, step: int, statistics: Statistics) -> None:
+        s = self.settings
+        if step >= self.adapt_end():
+            return
+        if s.prune_by == "sensitivity":
+            observe_sensitivity(self.binding, statistics, beta1=s.beta, beta2=s.beta)
+            return
+        whole, gate = self.binding.whole, self.binding.state["gate"]
+        assert whole is not None
+        gate.mul_(s.beta)
+        of_weights, of_gradient = (whole.rows(whole.take(t)) for t in (statistics.weights, statistics.gradient))
+        for (part, components, rows), (_, _, gradients) in zip(of_weights, of_gradient, strict=True):
+            if part == "lora_B":  # sum over outputs of B dL/dB: the gradient of a gate on the component
+                gate[components] += (1.0 - s.beta) * row_sums(rows * gradients).double().square()
+
+    def amount(self, step: int) -> int:
+        """b(t): components to move at this step, 0 for none."""
+        s = self.settings
+        return schedule.moved_components(
+            step,
+            b=s.b,
+            total_steps=s.total_steps,
+            init_warmup=s.init_warmup,
+            final_warmup=s.final_warmup,
+            mask_interval=s.mask_interval,
+            enable_scheduler=s.enable_scheduler,
+        )
+
+    def due(self, step: int) -> bool:
+        return self.amount(step) > 0
+
+    def adapt_end(self) -> int:
+        return self.settings.total_steps - self.settings.final_warmup
+
+    def local_scores(self, step: int) -> Tensor | None:
+        state, shard, total = self.binding.state, self.binding.shard, self.binding.table.total
+        if self.settings.prune_by == "sensitivity":
+            return component_scores(shard, state["mean"], state["spread"], total)
+        own = torch.zeros_like(state["gate"])
+        own[shard.start : shard.stop] = state["gate"][shard.start : shard.stop]
+        return own
+
+    def plan(self, step: int, scores: Tensor | None) -> RankPlan | None:
+        assert scores is not None
+        found = self._prober.candidates(step)
+        if found is None:
+            return None
+        s, table, values = self.settings, self.binding.table, scores.numpy()
+        immune = (self.binding.age.cpu() <= s.mask_interval).numpy() if s.newborn_immunity else None
+        places = {site.name: index for index, site in enumerate(table.sites)}
+
+        def allocate(part: RankTable, own: Integers) -> RankPlan | None:
+            sites = np.array([places[site.name] for site in part.sites])
+            costs = self._costs[sites]
+            return exchange(
+                part,
+                values[own],
+                found.of(sites),
+                n=self.amount(step),
+                immune=None if immune is None else immune[own],
+                costs=costs if s.budget_in == "parameters" else None,
+                limit=int(costs @ self._first.rank_array[sites]),
+            )
+
+        plan = allocate_by(table, allocate, per_tower=s.per_tower)
+        grown = {} if plan is None else {i for i, change in plan.changes.items() if change.born}
+        self._directions = {table.sites[i].name: found.rows[i] for i in grown}
+        return plan
+
+
+def exchange(
+    table: RankTable,
+    scores: Sequence[float] | NDArray[np.float64],
+    found: Candidates,
+    *,
+    n: int,
+    immune: NDArray[np.bool_] | None = None,
+    costs: NDArray[np.int64] | None = None,
+    limit: int = 0,
+) -> RankPlan | None:
+    """One event: the n lowest components leave, the best candidates are born in their place; None if nothing moves.
+
+    Ties go by (site, position). A candidate without signal is never born, nor one of a site at its largest rank.
+
+    Args:
+        scores: [R] in table order; immune: [R], components that may not leave.
+        costs: [S] numbers of a component; then both lists are ordered by their value for each number, and as many are
+            born as fit into what left and what the table lacks of `limit`. None: as many are born as leave.
+    """
+    values, gains = np.asarray(scores, np.float64), found.scores
+    if costs is not None:
+        values, gains = values / costs[table.owners], gains / costs[found.owners]
+    free = np.arange(table.total) if immune is None else np.flatnonzero(~immune)
+    leaving = free[np.argsort(values[free], kind="stable")][:n].tolist()
+    order = np.argsort(-gains, kind="stable")
+    ranks = table.rank_array.copy()
+    np.subtract.at(ranks, table.owners[leaving], 1)
+    most = table.known_sites.max_ranks
+    price = np.ones(len(table.sites), np.int64) if costs is None else costs
+    room = int(price[table.owners[leaving]].sum())
+    if costs is not None:
+        room += max(0, limit - int(costs @ table.rank_array))
+    grown: list[int] = []
+    lowest = 0.0
+    for place in order.tolist():
+        index = int(found.owners[place])
+        if gains[place] <= 0.0 or room < int(price.min()):
+            break
+        if ranks[index] < most[index] and price[index] <= room:
+            grown.append(index)
+            ranks[index] += 1
+            room -= int(price[index])
+            lowest = float(found.scores[place])
+    for component in reversed(list(leaving)):  # what nobody takes the place of stays, the best first
+        index = int(table.owners[component])
+        if price[index] <= room and ranks[index] < most[index]:
+            leaving.remove(component)
+            ranks[index] += 1
+            room -= int(price[index])
+    if not grown:
+        return None
+    numbers = {"lowest_born": lowest, "t2_highest": float(found.t2.max()), "t2_median": float(np.median(found.t2))}
+    if leaving:
+        numbers["highest_pruned"] = float(np.asarray(scores, np.float64)[leaving[-1]])
+    return prune_and_grow(
+        table,
+        zip(table.owners[leaving].tolist(), table.places[leaving].tolist(), strict=True),
+        grown,
+        reason=f"probe_lora: pruned {len(leaving)}, grew {len(grown)}",
+        scores=numbers,
+    )
