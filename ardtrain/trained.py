@@ -155,7 +155,7 @@ def _binding(snapshot: Snapshot, layout: ArenaLayout) -> Binding:
     """What a method sees of a snapshot on one process."""
     shard = Shard(layout, 0, 1)
     state = {name: shard.take(values) for name, values in snapshot.entries.items()}
-    return Binding(snapshot.table, shard, snapshot.age, state | snapshot.components | snapshot.sites)
+    return Binding(snapshot.table, shard, snapshot.age, state | snapshot.components | snapshot.sites, whole=shard)
 
 
 # ---- the model ----

@@ -28,6 +28,8 @@ from tests.trained_runs import UNEVEN, classification_config, make_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLAIN = {"method": "lora", "elalora": None}
+PROBES = {"init_warmup": 2, "final_warmup": 2, "mask_interval": 4, "probe_steps": 2, "level": "head"}
+PROBED = PLAIN | {"method": "probe_lora", "probe_lora": PROBES}
 KINDS = {
     "even": PLAIN,
     "uneven": PLAIN | {"ranks": lambda i: UNEVEN[i % 7]},
@@ -35,6 +37,7 @@ KINDS = {
     "dora": PLAIN | {"method": "dora", "ranks": lambda i: UNEVEN[i % 7]},
     "heads": PLAIN | {"method": "ard_lora", "r": 2, "ard_lora": {"layout": "own_a"}},
     "shared heads": PLAIN | {"method": "ard_lora", "r": 4, "ard_lora": {"layout": "shared_a"}},
+    "probed heads": PROBED | {"ranks": lambda i: 1 + i % 3},
     "token rows": PLAIN | {"trainable_tokens": ["+", 5]},
 }
 
