@@ -31,6 +31,7 @@ from ardtrain.evaluating.request import (
 )
 from ardtrain.evaluating.tasks import TaskRequest, check_tasks, run_tasks
 from ardtrain.evaluating.text_metrics import GENERATED, Answered
+from ardtrain.faults import write_status
 from ardtrain.preflight import Prepared, prepare_config, read_run_config
 from ardtrain.run import Process, first_steps, run_together
 from ardtrain.session import Surroundings
@@ -53,7 +54,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     if target.path is None:
         config = updated(config, {"model_name_or_path": str(target.run_dir / FULL_MODEL), "revision": None})
     prepared = prepare_config(config, world_size=identity.world_size)
-    if set(metrics) & set(GENERATED):
+    if set(metrics) & set(GENERATED) and config.task == "causal_lm":
         refuse_unanswerable(config)
     out = Path(request.out) if request.out else target.run_dir / OUT_FOLDER / target.name
 
@@ -91,7 +92,6 @@ def evaluated_config(request: Request, target: Target, *, world_size: int) -> Ru
             "gradient_checkpointing": False,  # nothing is kept for a backward
             "activation_offload": False,
             "preemption_signal": (),  # it ends at once: there is nothing to save
-            "verify_weights": config.verify_weights,
         },
     )
 
@@ -99,7 +99,7 @@ def evaluated_config(request: Request, target: Target, *, world_size: int) -> Ru
 def with_finished_model(target: Target, config: RunConfig) -> Target:
     """Of a run that trained all weights its finished model stands for its newest checkpoint, which is a pickle."""
     if config.method == "full" and not target.is_named and (target.run_dir / FULL_MODEL).is_dir():
-        return Target(target.run_dir, None, is_named=False)
+        return replace(target, path=None)
     return target
 
 
@@ -123,7 +123,7 @@ def refuse_unanswerable(config: RunConfig) -> None:
 def open_model(prepared: Prepared, around: Surroundings, target: Target) -> Evaluated:
     """The checkpoint's model. All processes must call this."""
     if prepared.config.method == "full":
-        return EvaluatedFull(prepared, around, target.path)
+        return EvaluatedFull(prepared, around, target)
     assert target.path is not None
     return EvaluatedAdapters(prepared, around, target.path)
 
@@ -170,6 +170,7 @@ class Evaluation:
             self.model.release()
         if self.world.is_main:
             report.write(out, self._head(target))
+            write_status(out, "finished", self.model.step)  # a failure writes one too
             report.tell(out, seconds=time.monotonic() - start)
         self.world.barrier("figures written")
 
@@ -178,7 +179,8 @@ class Evaluation:
         known, problem = None, ""
         if self.world.is_main and (self.generates or self.block.group_field is not None):
             assert self.config.data.eval_file is not None
-            settings = preflight.data_settings(self.config)
+            images = preflight.image_reader(self.config, self.model.tokenizer)
+            settings = preflight.data_settings(self.config, images=None if images is None else images.settings)
             try:
                 known = read_known(self.config.data.eval_file, self.ids, settings, self.data.format, self.block)
             except ValueError as error:

@@ -19,6 +19,7 @@ from ardtrain.collectives import World
 from ardtrain.config import ConfigError
 from ardtrain.data import EvalData
 from ardtrain.engines import FullEngine
+from ardtrain.evaluating.request import Target
 from ardtrain.evaluation import loss_sum
 from ardtrain.full_run import ENGINE_FOLDER, NO_PARTS
 from ardtrain.logits import LogitHead
@@ -142,10 +143,10 @@ class EvaluatedFull(_Rows):
 
     logit_head = None
 
-    def __init__(self, prepared: Prepared, around: Surroundings, path: Path | None) -> None:
+    def __init__(self, prepared: Prepared, around: Surroundings, target: Target) -> None:
         """All processes must call this.
 
-        path: of the checkpoint; None: the config's base is the finished model.
+        target: without a path the config's base is the finished model.
 
         Raises:
             ConfigError: a checkpoint without allow_pickle.
@@ -154,7 +155,7 @@ class EvaluatedFull(_Rows):
         self._open_rows(around)
         plan, config = prepared.plan, self.config
         assert plan.full is not None
-        self.step = 0
+        path, self.step = target.path, target.step
         if path is not None:
             if not config.allow_pickle:
                 raise ConfigError(

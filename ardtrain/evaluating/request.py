@@ -53,12 +53,13 @@ class Request:
 class Target:
     """A checkpoint and the run it belongs to. path: None for the finished model of a run that trained all weights.
 
-    is_named: the user named the checkpoint, not the run.
+    is_named: the user named the checkpoint, not the run. step: of the checkpoint, or of the newest beside the model.
     """
 
     run_dir: Path
     path: Path | None
     is_named: bool = True
+    step: int = 0
 
     @property
     def name(self) -> str:
@@ -115,18 +116,24 @@ def find_target(text: str) -> Target:
             raise ConfigError([f"{text} names no checkpoint of {path.parent}; give a checkpoint's folder"])
         path = path.parent / name
     if (path / MANIFEST).is_file():
-        return _with_config(Target(path.parent, path))
+        return _with_config(Target(path.parent, path, step=_step_of(path)))
     if not path.is_dir():
         raise ConfigError([f"{text} does not exist; give a run's folder or one of its checkpoints"])
     found = [] if not (path / CONFIG_FILE).is_file() else checkpoint.candidates(path, "auto")
     if found:
-        return Target(path, found[0], is_named=False)
+        return Target(path, found[0], is_named=False, step=_step_of(found[0]))
     raise ConfigError(
         [
             f"{text} is neither a run's folder with {CONFIG_FILE} and a checkpoint nor a checkpoint with {MANIFEST}; "
             "give one of them"
         ]
     )
+
+
+def _step_of(path: Path) -> int:
+    """The number in checkpoint-N; 0 for a folder that somebody has renamed."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def _with_config(target: Target) -> Target:

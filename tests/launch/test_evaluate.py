@@ -70,6 +70,10 @@ def done(folder):
     waits = write_run(folder, "waits", method="lora", max_steps=12, eval_steps=2, save_steps=2, elalora=None, **still)
     train(waits)
     starts["waits-again"] = {"config": str(waits), "world_size": 1, "overrides": ["resume_from_checkpoint=auto"]}
+    whole = {"method": "full", "r": None, "lora_dropout": None, "learning_rate": 1e-3}
+    train(write_run(folder, "whole", **whole, **SHORT))
+    evaluate("whole-end", "whole", 1)
+    evaluate("whole-middle", "whole/checkpoint-4", 1, "allow_pickle=true")
     train(classifier_run(folder, "head", metric_for_best_model="accuracy", method="lora", save_steps=6, elalora=None))
     evaluate("head-one", "head/best", 1)
     evaluate("head-two", "head/best", 2, "deepspeed=zero3", "--metrics", "mcc,loss")
@@ -100,7 +104,14 @@ def logged(folder, run, step):
 
 
 @pytest.mark.parametrize(
-    ("name", "run", "step"), [("gates-middle", "gates", 4), ("gates-one", "gates", 8), ("head-one", "head", None)]
+    ("name", "run", "step"),
+    [
+        ("gates-middle", "gates", 4),
+        ("gates-one", "gates", 8),
+        ("head-one", "head", None),
+        ("whole-middle", "whole", 4),
+        ("whole-end", "whole", 8),
+    ],
 )
 def test_figures_are_those_that_training_logged_at_the_checkpoint(folder, done, name, run, step):
     found = figures(folder, name)
