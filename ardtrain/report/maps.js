@@ -286,7 +286,7 @@ function flowMap(card, run) {
     const leftBars = [...before.map((size, i) => ({ size, name: names[i], colour: kindColour(i) })), ...(ends.added ? [{ size: ends.added, name: "added", colour: css("--muted") }] : [])];
     const rightBars = [...after.map((size, i) => ({ size, name: names[i], colour: kindColour(i) })), ...(ends.removed ? [{ size: ends.removed, name: "removed", colour: css("--muted") }] : [])];
     const total = leftBars.reduce((a, b) => a + b.size, 0) || 1, gap = 5, height = Math.max(200, 26 * Math.max(leftBars.length, rightBars.length));
-    const label = Math.min(150, width * 0.3), bar = 11, scale = (height - gap * Math.max(leftBars.length, rightBars.length)) / total;
+    const label = Math.min(190, width * 0.3), bar = 11, scale = (height - gap * Math.max(leftBars.length, rightBars.length)) / total;
     const svg = svgEl("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption.textContent });
     const x0 = label + bar, x1 = width - label - bar;
     const place = (bars) => { let y = gap / 2; for (const b of bars) { b.y = y; b.used = 0; b.h = b.size * scale; y += b.h + gap; } };
@@ -309,9 +309,11 @@ function flowMap(card, run) {
       if (!outside) ribbon(giver.bar, taker.bar, giver.size * taker.size / flow, giver.bar.colour, true, `${giver.bar.name} to ${taker.bar.name}: ${short(giver.size * taker.size / flow)}`);
     }
     for (const [bars, x, anchor] of [[leftBars, label, "end"], [rightBars, width - label - bar, "start"]]) {
+      let line = -Infinity;  // labels of thin bars move down, so that none covers another
       for (const b of bars) {
+        line = Math.max(b.y + Math.max(1, b.h) / 2 + 4, line + 11.5);
         svg.append(svgEl("rect", { x, y: b.y, width: bar, height: Math.max(1, b.h), fill: b.colour }));
-        const text = svgEl("text", { x: anchor === "end" ? x - 5 : x + bar + 5, y: b.y + Math.max(1, b.h) / 2 + 4, "text-anchor": anchor });
+        const text = svgEl("text", { x: anchor === "end" ? x - 5 : x + bar + 5, y: line, "text-anchor": anchor });
         const most = Math.floor((label - 34) / 5.8);
         text.textContent = `${b.name.length > most ? b.name.slice(0, most - 1) + "\u2026" : b.name} ${b.size}`;
         svg.append(text);

@@ -57,11 +57,12 @@ def ranks(arguments: Sequence[str]) -> int:
 
             print(draw_ranks(Path(rest[0]) / "ranks.jsonl", rest[1]))
             return 0
-        print(ranks_text(read_run(rest[0], rest[0]), heads=heads, colours=has_colours(sys.stdout, os.environ)))
+        text = ranks_text(read_run(rest[0], rest[0]), heads=heads, colours=has_colours(sys.stdout, os.environ))
     except OSError as error:
         raise ConfigError([f"{error.filename}: {error.strerror}"]) from error
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError([str(error)]) from error
+    print(text)
     return 0
 
 
