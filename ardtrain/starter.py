@@ -154,6 +154,13 @@ def method_lines(method: str, steps: int = MAX_STEPS) -> list[Line]:
             Line("elalora.b", 4, "most components moved in one, over all sites (published scripts)"),
             Line("elalora.k", 2, "most components a site loses or gains in one"),
         ]
+    if method == "probe_lora":
+        return [
+            Line("probe_lora.init_warmup", steps // 10, "steps before the first interval (ours: docs/probe_lora.md)"),
+            Line("probe_lora.final_warmup", steps // 4, "last steps, in which ranks stay"),
+            Line("probe_lora.mask_interval", max(12, steps // 40), "steps between two reallocations"),
+            Line("probe_lora.b", 4, "most components moved in one, over all sites"),
+        ]
     if method == "adalora":
         return [
             Line("adalora.target_r", 8, "average rank at the end (arXiv 2303.10512)"),

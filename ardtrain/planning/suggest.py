@@ -30,6 +30,7 @@ FEWEST_STEPS = 200  # of a run whose ranks shall move
 _PROVISIONAL = {  # so that a config without its method's block can be read
     "elalora": {"init_warmup": 0, "final_warmup": 0, "mask_interval": 1},
     "adalora": {"target_r": 1, "tinit": 0, "tfinal": 0},
+    "probe_lora": {"init_warmup": 0, "final_warmup": 0, "mask_interval": 4, "probe_steps": 2},
 }
 _METHOD_NAMES = ("method", "finetuning_type", "adapter", "tuner_type")
 Change = tuple[Any, str]  # value, why
@@ -221,6 +222,7 @@ def rate_changes(facts: Facts) -> dict[str, Change]:
         "dora": (1e-4, "as LoRA"),
         "alora": (1e-4, "the paper's on LLaMA-2 7B (arXiv 2403.16187, 4.3)"),
         "ard_lora": (1e-4, "as LoRA; the paper (arXiv 2506.18267) gives none that we know"),
+        "probe_lora": (1e-4, "as LoRA; the method is ours (docs/probe_lora.md)"),
         "elalora": (1e-3, "the published GLUE scripts' 5e-4 to 1.2e-3 on DeBERTaV3 (arXiv 2504.00254)")
         if classes
         else (5e-4, "the published XSum script's on BART (arXiv 2504.00254)"),
@@ -247,6 +249,19 @@ def schedule_changes(facts: Facts, steps: int, steps_per_epoch: float, config: R
             "elalora.mask_interval": (max(1, span // 24), "about 24 reallocations, as the published RTE script"),
             "elalora.b": (moved, f"4 of 720 components in the published scripts; here {facts.total_rank:,} components"),
             "elalora.k": (2, "the published scripts'"),
+        }
+    if facts.method == "probe_lora":
+        first, last = max(1, round(0.15 * steps)), max(1, round(0.25 * steps))
+        interval = max(4, (steps - first - last) // 24)
+        return {
+            "probe_lora.init_warmup": (first, f"15 % of {steps:,} steps, as for elalora"),
+            "probe_lora.final_warmup": (last, "25 %, as for elalora"),
+            "probe_lora.mask_interval": (interval, "about 24 reallocations, as for elalora"),
+            "probe_lora.probe_steps": (min(6, interval // 2), "twice these must fit between two reallocations"),
+            "probe_lora.b": (
+                max(4, round(4 * facts.total_rank / 720)),
+                f"as for elalora, {facts.total_rank:,} components",
+            ),
         }
     if facts.method == "adalora":
         first, last = max(1, round(0.12 * steps)), max(1, round(0.45 * steps))

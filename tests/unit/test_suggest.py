@@ -18,7 +18,7 @@ from ardtrain.planning.suggest import (
 )
 from tests.runs import write_run
 
-METHODS = ("lora", "dora", "adalora", "elalora", "alora", "ard_lora")
+METHODS = ("lora", "dora", "adalora", "elalora", "alora", "ard_lora", "probe_lora")
 
 
 def facts(method="elalora", **changes):
