@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,6 +93,29 @@ def test_parquet_rows_hold_bytes_or_paths(tmp_path):
     assert len(seen[0]) == len(seen[1]) == 2
     assert all(equal_bits(one, other) for one, other in zip(*seen, strict=True))
     assert not torch.equal(*seen[0])
+
+
+def test_image_columns_of_data_sets(tmp_path, monkeypatch):
+    """As the datasets library keeps them: a column of its type Image in Parquet, and a folder of pictures."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    paths = [tmp_path / "set" / "train" / f"{seed}.png" for seed in range(3)]
+    paths[0].parent.mkdir(parents=True)
+    for seed, path in enumerate(paths):
+        path.write_bytes(png(seed))
+    texts = {"prompt": ["what"] * 3, "completion": ["it"] * 3}
+    table = datasets.Dataset.from_dict({"image": [str(path) for path in paths], **texts})
+    table = table.cast_column("image", datasets.Image())
+    (tmp_path / "table").mkdir()
+    table.to_parquet(tmp_path / "table" / "train.parquet")  # the bytes go into the file
+    lines = [{"file_name": path.name, "prompt": "what", "completion": "it"} for path in paths]
+    (tmp_path / "set" / "train" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = []
+    for name in (f"{tmp_path / 'table' / 'train.parquet'}", f"hub:{tmp_path / 'table'}", f"hub:{tmp_path / 'set'}"):
+        data = open_rows(name, tmp_path / "cache")
+        seen.append([data.collate(grain).pixel_values for grain in data.grains()])
+    assert [len(pixels) for pixels in seen] == [3, 3, 3]
+    assert all(equal_bits(one, other) for pixels in seen[1:] for one, other in zip(seen[0], pixels, strict=True))
+    assert not torch.equal(seen[0][0], seen[0][1])
 
 
 def test_pixels_are_resized_and_normalised(tmp_path):
