@@ -124,6 +124,17 @@ def test_the_button_changes_the_theme(page, three_runs):
     assert page.script(background) == before
 
 
+def test_a_page_that_is_read_anew_keeps_step_and_choices(page, three_runs):
+    page.open(three_runs, 1280)
+    page.script("set({step: 10, mode: 'change', site: {name: 'language_model.layers.0.mlp.up_proj'}})")
+    page.open(three_runs, 1280)
+    assert "step 10" in page.script("document.querySelector('#map-cards h3').textContent")
+    assert page.script("document.querySelectorAll('#rank-controls select')[0].value") == "change"
+    assert "History of language_model.layers.0" in page.script("document.getElementById('site').textContent")
+    page.script("sessionStorage.clear()")
+    assert page.problems == []
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 def test_70b_is_drawn(page, tmp_path, width):
     """560 sites x 400 events."""
