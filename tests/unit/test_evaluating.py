@@ -11,6 +11,7 @@ from ardtrain.data import build_batch
 from ardtrain.evaluating.held_out import Rows, held_out_figures, sample_of_target
 from ardtrain.evaluating.intervals import Bootstrap, Figure
 from ardtrain.evaluating.request import chosen_metrics, find_target, read_request
+from ardtrain.evaluating.tasks import TaskRequest, check_tasks
 from ardtrain.evaluation import HeldOut
 from tests.runs import write_run
 
@@ -50,6 +51,8 @@ def test_targets(tmp_path):
         (["{run}", "evaluation.do_sample=true", "evaluation.num_beams=2"], "sample, or search with beams"),
         (["{run}", "evaluation.top_k=5"], "evaluation.top_k=5 has no effect without do_sample=true; set it"),
         (["{run}", "evaluation.length_penalty=2"], "evaluation.length_penalty=2.0 has no effect with num_beams=1"),
+        (["{run}", "--limit", "3"], "--limit goes with --tasks; name some, or remove it"),
+        (["{run}", "--tasks", "a", "--include_path", "gone"], "--include_path=gone is no folder; name one with task"),
         (["{run}", "--metric"], "ambiguous|unrecognized|expected one argument"),
     ],
 )
@@ -135,3 +138,32 @@ def test_torch_is_not_asked_for_random_numbers():
     before = torch.random.get_rng_state()
     Bootstrap(10, 0.9, seed=1).mean(np.ones(5))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+OWN_TASK = """
+task: own_task
+dataset_path: json
+dataset_kwargs: {data_files: {test: gone.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_tasks_that_cannot_run_say_why(tmp_path, monkeypatch):
+    import lm_eval.tasks
+
+    honest = lm_eval.tasks.TaskManager  # without the harness's own thousands of tasks, which take seconds to list
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **known: honest(include_defaults=False, **known))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "own_task.yaml").write_text(OWN_TASK)
+    with pytest.raises(ConfigError, match="lm-eval asks language models, and the run's task is sequence_class"):
+        check_tasks(TaskRequest(("own_task",)), task="sequence_classification")
+    own = str(tmp_path)
+    with pytest.raises(ConfigError, match="--tasks: lm-eval knows no task own_tusk; did you mean own_task?"):
+        check_tasks(TaskRequest(("own_tusk",), own), task="causal_lm")
+    with pytest.raises(ConfigError, match="--tasks: the rows of own_task cannot be loaded .*correct the task's file"):
+        check_tasks(TaskRequest(("own_task",), own), task="causal_lm")
