@@ -9,7 +9,6 @@ import pytest
 
 from tests.launch.test_full_worlds import classifier_run
 from tests.runs import lines, write_run
-from tests.tiny import save_tiny_llama
 from tests.tiny_paligemma import save_tiny_paligemma, write_rows
 
 pytestmark = pytest.mark.launch
@@ -55,11 +54,11 @@ def done(folder):
         whole = ["evaluate", str(folder / target), *out, "evaluation.bootstrap_samples=50", *arguments]
         starts[name] = {"arguments": whole, "world_size": world_size}
 
-    model = save_tiny_llama(folder / "model")
-    config = json.loads((model / "config.json").read_text())
+    gates = write_run(folder, "gates", method="ard_lora", ard_lora=ARD, packing=True, **SHORT)
     # So many tokens end an answer that processes end theirs at different places.
-    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, *range(30, 60)]}))
-    train(write_run(folder, "gates", method="ard_lora", ard_lora=ARD, packing=True, **SHORT))
+    model = folder / "model" / "config.json"
+    model.write_text(json.dumps(json.loads(model.read_text()) | {"eos_token_id": [2, *range(30, 60)]}))
+    train(gates)
     evaluate("gates-middle", "gates/checkpoint-4", 1)
     evaluate("gates-one", "gates", 1)
     evaluate("gates-two", "gates", 2, "deepspeed=zero3_offload")
