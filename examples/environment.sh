@@ -6,6 +6,7 @@
 #   ardtrain_libaio                            Debian's libaio-dev, for parameter offload to NVMe (root only)
 #   ardtrain_cluster                           Debian's ssh, pdsh and Slurm, and both MPIs from PyPI, for tests on several
 #                                              hosts (root only)
+#   ardtrain_browser                           Debian's Chromium, in which a test looks at reports (root only)
 #   ardtrain_build_ops OP...                   compiles ahead, in one process: ShareMemComm (processes that meet on a
 #                                              CPU), AsyncIO (offload to NVMe), CPUAdam (its optimizer kernel)
 #
@@ -85,6 +86,14 @@ ardtrain_cluster() {
   if [ ! -x "$ARDTRAIN_VENV/mpich/bin/mpirun" ]; then
     ardtrain_stage "install MPICH" _ardtrain_pip --target "$ARDTRAIN_VENV/mpich" mpich
   fi
+}
+
+ardtrain_browser() {
+  command -v chromium chromium-browser google-chrome >/dev/null && return
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    ardtrain_stage "install Chromium" _ardtrain_apt chromium fonts-dejavu-core || true
+  fi
+  command -v chromium >/dev/null || echo "note: no Chromium; reports are not looked at in a browser"
 }
 
 _ardtrain_apt() {

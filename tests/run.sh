@@ -9,5 +9,6 @@ ardtrain_environment "$checkout" test
 ardtrain_variables
 ardtrain_libaio
 ardtrain_cluster
+ardtrain_browser
 ardtrain_build_ops ShareMemComm AsyncIO CPUAdam
 exec "$ARDTRAIN_PYTHON" -m pytest "$@" </dev/null
