@@ -128,6 +128,9 @@ def _cache_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> st
     values = {key: value for key, value in asdict(settings).items() if key not in ("train_files", "seed")}
     if values["images"] is None:  # keys of rows without pictures stay what they were
         del values["images"]
+    for name, default in (("loss_on", "assistant"), ("tools_field", None)):  # likewise of rows as they always were
+        if values[name] == default:
+            del values[name]
     state = [_CACHE_FORMAT, contents, values, tokenizer_fingerprint(tokenizer)]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

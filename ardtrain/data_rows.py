@@ -47,6 +47,7 @@ class DataSettings:
     label_field, text_pair_field: of classification rows, beside `text_field`; None: there is one text.
     labels: names of the classes, in the order of the model's outputs (find_labels).  Only classification has them;
         none (None or empty) until they are found.
+    loss_on: of a chat, every turn of the assistant or its last; tools_field: what a row gives to its template as tools.
     images: of rows with a picture (format image_text): prompt and completion as of completions, with the newline behind
         the prompt that PaliGemma was trained with; None elsewhere.
     """
@@ -69,6 +70,8 @@ class DataSettings:
     text_pair_field: str | None = None
     labels: tuple[str, ...] | None = None
     images: ImageSettings | None = None
+    loss_on: Literal["assistant", "last"] = "assistant"
+    tools_field: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -179,7 +182,7 @@ def answers_of(path: str, settings: DataSettings, format_: str) -> Iterator[tupl
                 continue
             if format_ == "chat":
                 said = [m for m in _messages(row, settings.messages_field) if m["role"] == "assistant"]
-                answer = str(said[-1]["content"]) if said else ""
+                answer = str(said[-1].get("content") or "") if said else ""
             elif format_ in ("completion", "image_text"):
                 answer = _text_of(row, settings.completion_field, settings.completion_template)
         except _BadRow:
@@ -281,10 +284,12 @@ class _Encoder:
         """
         assert isinstance(row, dict)
         messages = _messages(row, self.settings.messages_field)
+        tools = row.get(self.settings.tools_field) if self.settings.tools_field else None
         try:
             if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
                 encoded = self.tokenizer.apply_chat_template(
                     messages,
+                    tools=tools,
                     chat_template=self.chat_template,
                     tokenize=True,
                     return_dict=True,
@@ -293,7 +298,7 @@ class _Encoder:
                 )
                 ids, mask = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
             else:
-                text, spans = self._assistant_spans(messages, where)
+                text, spans = self._assistant_spans(messages, tools, where)
                 encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
                 ids = list(encoded["input_ids"])
                 mask = [any(s < end and e > start for start, end in spans) for s, e in encoded["offset_mapping"]]
@@ -301,15 +306,23 @@ class _Encoder:
             raise ValueError(f"chat_template is no Jinja template: {error}; correct it") from error
         except jinja2.TemplateError as error:
             raise _BadRow(f"the chat template refuses the messages: {error}") from error
+        if self.settings.loss_on == "last":
+            mask = _last_run(mask)
         return self._one_bos(ids, mask)
 
-    def _assistant_spans(self, messages: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
+    def _assistant_spans(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The rendered chat and the character ranges that the assistant wrote, found by rendering prefixes."""
 
         def render(count: int, prompt: bool) -> str:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages[:count], chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt
+                    messages[:count],
+                    tools=tools,
+                    chat_template=self.chat_template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
                 )
             )
 
@@ -335,6 +348,13 @@ class _Encoder:
         return [self.bos, *ids[skip:]], [False, *mask[skip:]]
 
 
+def _last_run(mask: list[bool]) -> list[bool]:
+    """The mask with its last unbroken run of targets alone."""
+    stop = next((i for i in range(len(mask), 0, -1) if mask[i - 1]), 0)
+    start = next((i for i in range(stop, 0, -1) if not mask[i - 1]), 0)
+    return [start <= i < stop for i in range(len(mask))]
+
+
 def _chat_template(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.is_fast:
         raise ValueError(
@@ -354,9 +374,11 @@ def _messages(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
             f"field {field!r} is {_kind(messages)}, not a list with messages" if messages else f"{field!r} is empty"
         )
     for i, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        calls = isinstance(message, dict) and message.get("role") == "assistant" and bool(message.get("tool_calls"))
+        wanted = ("role",) if calls else ("role", "content")  # an answer that calls tools may say nothing
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in wanted):
             raise _BadRow(f"message {i} of {field!r} has no text in 'role' and 'content'")
-        if message["role"] == "assistant" and not message["content"].strip():
+        if message["role"] == "assistant" and not calls and not message["content"].strip():
             raise _BadRow(f"message {i} of {field!r} is an empty answer: no target token")
     if all(message["role"] != "assistant" for message in messages):
         raise _BadRow(f"{field!r} has no assistant turn: no target token")

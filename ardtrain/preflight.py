@@ -272,6 +272,8 @@ def data_settings(config: RunConfig, labels: tuple[str, ...] = (), images: Image
         label_field=d.label_field,
         labels=labels or None,
         images=images,
+        loss_on=d.loss_on,
+        tools_field=d.tools_field,
     )
 
 

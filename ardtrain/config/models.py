@@ -85,6 +85,10 @@ class DataBlock(Block):
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     messages_field: str = "messages"
+    loss_on: Literal["assistant", "last"] = "assistant"
+    """Of a chat: every turn of the assistant, or its last one alone."""
+    tools_field: str | None = None
+    """Field of a chat row whose list goes to the template as tools."""
     text_field: str = "text"
     prompt_template: str | None = None
     """str.format over the row's fields instead of prompt_field, such as "{instruction}\\n{input}\\n"."""

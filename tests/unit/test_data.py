@@ -130,6 +130,35 @@ def test_chat_has_loss_on_assistant_turns_only(tmp_path, tokenizer, template):
     assert shown(samples, tokenizer, 0) == (text, "yo</s>ok then</s>")
 
 
+@pytest.mark.parametrize("template", [CHAT, CHAT_GENERATION])
+def test_loss_on_the_last_turn_alone(tmp_path, tokenizer, template):
+    turns = [("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "ok then"), ("user", "bye")]
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
+    samples = Samples(make(path, chat_template=template, loss_on="last"), tokenizer, tmp_path / "c")
+    text = "<s>[user]hi[assistant]yo</s>[user]so[assistant]ok then</s>[user]bye"
+    assert shown(samples, tokenizer, 0) == (text, "ok then</s>")
+    every = Samples(make(path, chat_template=template), tokenizer, tmp_path / "c")  # another cache
+    assert shown(every, tokenizer, 0) == (text, "yo</s>ok then</s>")
+
+
+def test_tools_and_calls_go_through_the_template(tmp_path, tokenizer):
+    template = (
+        "{{ bos_token }}{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{% for m in messages %}[{{ m.role }}]"
+        "{% if m.role == 'assistant' %}{% generation %}{% for c in m.tool_calls or [] %}call {{ c.name }}{% endfor %}"
+        "{{ m.content or '' }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "sum"}]},
+        {"role": "tool", "content": "ab"},
+        {"role": "assistant", "content": "yo"},
+    ]
+    path = write(tmp_path / "a.jsonl", [{"messages": messages, "tools": [{"name": "sum"}]}])
+    samples = Samples(make(path, chat_template=template, tools_field="tools"), tokenizer, tmp_path / "c")
+    text = "<s>[sum][user]hi[assistant]call sum</s>[tool]ab[assistant]yo</s>"
+    assert shown(samples, tokenizer, 0) == (text, "call sum</s>yo</s>")
+
+
 def test_chat_template_that_rewrites_history_is_refused(tmp_path, tokenizer):
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last else 'x' }}{% endfor %}"
     turns = [("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "ok")]
