@@ -102,7 +102,7 @@ def render() -> str:
         "`tests/distributed/test_families.py` and writes nothing unless all of them pass. A test compares "
         "the page with the file. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; {results['machine']['date']}.",
+        + f"; {results['machine']['date']}. {results.get('note', '')}".rstrip(),
         "Each family is a tiny random model of transformers' own class (two layers, hidden size 32, float32, CPU). "
         "No weights of a published model were used, and nothing here speaks of quality.",
         "## Where adapters sit\n\n`target_modules: all-linear` is every linear layer whose weight moves the loss "
