@@ -493,14 +493,16 @@ class Trainer:
         """Rounds of probes that do not ride along: grains of the last steps once more, with the weights as they are."""
         rounds, exponent = self.method.probes, self.state.exponent
         count = 0 if rounds is None else rounds.separate(step)
-        for index in range(count):
-            self._bind(step)
-            heard = self._bind_probes(index, step)
-            grains = self.data.grains(max(0, step - count + 1 + index))
-            total = self._exact(step, grains, [], heard, None)
-            if total.finite:
-                heard.tell(total)
-        self.state.exponent = exponent  # of the arena's gradients
+        try:
+            for index in range(count):
+                self._bind(step)
+                heard = self._bind_probes(index, step)
+                grains = self.data.grains(max(0, step - count + 1 + index))
+                total = self._exact(step, grains, [], heard, None)
+                if total.finite:
+                    heard.tell(total)
+        finally:  # also where a stop comes between: a checkpoint holds the exponent of the arena's gradients
+            self.state.exponent = exponent
 
     def _group_adapters(self) -> None:
         """Before anything else runs the model: one forward that shows which adapters share an input.

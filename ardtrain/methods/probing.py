@@ -108,7 +108,8 @@ class Prober:
 
     def observe(self, index: int, event: int, sums: ProbeSums) -> None:
         state, searching = self._binding.state, index < self.rounds
-        if int(state["probe_counts"][0]) != event + 1:  # 0: none yet
+        # Round 0 begins anew: rounds of their own are all done again where a stop came between them.
+        if index == 0 or int(state["probe_counts"][0]) != event + 1:
             for name in self.state_tensors():
                 state[name].zero_()
             state["probe_counts"][0] = event + 1

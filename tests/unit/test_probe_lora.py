@@ -15,6 +15,7 @@ from ardtrain.methods.base import Binding, ProbeSums
 from ardtrain.methods.probe_lora import exchange
 from ardtrain.methods.probing import T2_MOST, Candidates, Prober, orthonormal, signal
 from ardtrain.ranks import RankTable, Site
+from ardtrain.trainer import Interrupted
 from tests.tiny import TokenBatches, equal_bits, probe_lora, sites_of, tiny_trainer, weights_digest
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -240,6 +241,31 @@ def test_what_belongs_to_another_event_is_forgotten():
     assert prober.candidates(9) is not None and prober.candidates(19) is None
     prober.observe(0, 19, ProbeSums(torch.ones(10), torch.ones(10), 3))
     assert prober.candidates(9) is None and prober.candidates(19) is None  # the second half is missing
+
+
+def test_a_stop_between_separate_rounds_leaves_no_trace(trainers):
+    """All rounds are done again after it: the same plan, weights and loop state as without the stop."""
+    ended = []
+    for stops in (False, True):
+        trainer = trainers(probe_lora(probes="separate"))
+        whole, calls = trainer.between, 0
+
+        def between(trainer=trainer, whole=whole, stops=stops):
+            nonlocal calls
+            calls += trainer.state.pending_plan
+            if stops and calls == 4:  # within the second of six rounds of three grains
+                calls += 1
+                raise Interrupted(1)
+            whole()
+
+        trainer.between = between
+        while trainer.state.events == 0:
+            result = trainer.train_step()
+            if result.stop_flag:
+                assert trainer.state.pending_plan
+                trainer._allocate(trainer.state.step - 1)
+        ended.append((weights_digest(trainer.arena.capture()), trainer.arena.table.digest, trainer.state))
+    assert ended[0] == ended[1]
 
 
 # ---- the exchange ----
