@@ -169,6 +169,9 @@ def _arena(shapes: Shapes, world: int, place: Placement, host: Causes) -> tuple[
     }
     state = {"master weights": FP32 * shard, "Adam's moments": 2 * FP32 * shard}
     (held if place.optimizer == "device" else host).update(state)
+    if place.optimizer == "cpu":  # deepspeed stage_1_and_2.py: the masters' gradient, two buffers as long as the arena
+        held["offload's gradient buffer"] = FP32 * numbers
+        host["offloaded gradients"] = FP32 * (numbers + shard)
     host["snapshot for a save"] = (3 + shapes.entry_states) * FP32 * numbers
     rounds = None if shapes.method is None else shapes.method.probes
     heard = 0  # a round's gradient and its square
