@@ -53,7 +53,7 @@ def write_card(folder: Path, described: Described) -> None:
 def card_text(d: Described) -> str:
     """The card. Local folders are named by their last part: a path says more than others should read."""
     config, base = d.config, base_name(d.config.model_name_or_path)
-    sets = [parse_hub(f).name for f in config.data.train_file if is_hub(f) and not parse_hub(f).is_folder]
+    sets = [parse_hub(f).name for f in config.data.training_files if is_hub(f) and not parse_hub(f).is_folder]
     head = ModelCardData(
         base_model=base,
         library_name="peft" if d.kind == "adapter" else "transformers",
@@ -63,7 +63,9 @@ def card_text(d: Described) -> str:
         tags=["lora", "ardtrain", config.method],
     ).to_yaml()
     title = "Low-rank adapter" if d.kind == "adapter" else "Merged model"
-    files = ", ".join(f if is_hub(f) else Path(f).name for f in config.data.train_file)
+    files = ", ".join(f if is_hub(f) else Path(f).name for f in config.data.training_files)
+    weights = [f"{name} {own.weight:g}" for name, own in config.data.sources.items() if own.weight is not None]
+    files += f" (weights: {', '.join(weights)})" if weights else ""
     trained = f"Trained from `{base}` by ardtrain with method `{config.method}`"
     parts = [
         f"---\n{head.strip()}\n---",

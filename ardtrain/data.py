@@ -1,6 +1,7 @@
-"""From samples to grains: the Arrow cache, collation, training and held-out data.
+"""From samples to grains: collation, training and held-out data.
 
-data_rows.py turns files into samples, data_order.py says which samples make up which step.
+data_rows.py turns files into samples, data_cache.py keeps these on disk, data_mix.py joins several sources,
+data_order.py says which samples make up which step.
 Letters: B batch (rows of a grain), T tokens.  Labels are -100 where there is no loss and are *not* shifted: the logits
 at t are compared with `labels[:, t + 1]`.
 Nothing here knows how many processes there are; none of it communicates.
@@ -9,32 +10,25 @@ Nothing here knows how many processes there are; none of it communicates.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ardtrain.data_cache import Samples, tokenizer_fingerprint
+from ardtrain.data_mix import Drawn, Mixture, Share, Source, open_samples
 from ardtrain.data_order import Cursor, Grain, RowRef, TrainOrder, cut_grains, pack, permutation
-from ardtrain.data_rows import DataSettings, Tokenising, classification_pad_id, find_labels
-from ardtrain.data_sources import DataError, check_source
-from ardtrain.data_sources import identity as source_identity
-from ardtrain.images import BadImageError, ImageReader, StoredImage
+from ardtrain.data_rows import DataSettings, classification_pad_id, find_labels
+from ardtrain.data_sources import DataError
+from ardtrain.images import BadImageError, ImageReader
 from ardtrain.prefix_mask import token_types
 from ardtrain.ranks import named_seed
 
@@ -48,6 +42,7 @@ __all__ = [
     "Grain",
     "RowRef",
     "Samples",
+    "Source",
     "TrainData",
     "build_batch",
     "find_labels",
@@ -56,19 +51,6 @@ __all__ = [
 
 IGNORE_INDEX = -100
 _PURPOSE_CHOICE = 3  # beside data_order's: held-out samples drawn by EvalData
-_CACHE_FORMAT = 2  # raise when the meaning of the cached columns changes
-_IMAGE_FEATURES = {"image_path": Value("string"), "image_data": Value("binary"), "image_digest": Value("string")}
-_FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "loss_mask": List(Value("bool")),
-        "file": Value("int32"),
-        "line": Value("int64"),
-        "piece": Value("int32"),
-        "label": Value("int32"),  # class number, -1 outside classification
-        "token_type_ids": List(Value("int8")),  # empty where there are none
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -102,156 +84,6 @@ class Batch:
         following = F.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)  # what each position predicts
         places = torch.nonzero(following != IGNORE_INDEX).view(-1)
         return places, following[places]
-
-
-# ---- the cache ----
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 (hex) of all that decides token ids: vocabulary, merges, normaliser, special tokens, chat template."""
-    state: dict[str, Any] = {
-        "special_tokens": {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())},
-        "chat_template": tokenizer.chat_template,
-    }
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Padding and truncation are the last caller's arguments, not the tokenizer's.
-        state["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
-    else:
-        state["vocab"] = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _cache_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 (hex) over contents, the settings that decide samples, and the tokenizer; paths do not count."""
-    contents = [source_identity(path) for path in settings.train_files]
-    values = {key: value for key, value in asdict(settings).items() if key not in ("train_files", "seed")}
-    if values["images"] is None:  # keys of rows without pictures stay what they were
-        del values["images"]
-    for name, default in (("loss_on", "assistant"), ("tools_field", None)):  # likewise of rows as they always were
-        if values[name] == default:
-            del values[name]
-    state = [_CACHE_FORMAT, contents, values, tokenizer_fingerprint(tokenizer)]
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _folder_name(settings: DataSettings, key: str) -> str:
-    """Name of the cache folder: the key of the rows; with pictures also where their relative paths start from."""
-    if settings.images is None:
-        return key
-    places = [os.path.realpath(os.path.dirname(path)) for path in settings.train_files]
-    return hashlib.sha256(json.dumps([key, places]).encode()).hexdigest()
-
-
-def _write_cache(folder: Path, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokenise into a temporary folder beside `folder`, then rename: `folder` is whole or absent."""
-    tokenising = Tokenising(settings, tokenizer)
-    features = _FEATURES if settings.images is None else Features({**_FEATURES, **_IMAGE_FEATURES})
-    pictures = hashlib.sha256()
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        lengths: list[npt.NDArray[np.int32]] = []
-        with ArrowWriter(path=str(partial / "samples.arrow"), features=features) as writer:
-            for batch in tokenising.batches():
-                if batch:
-                    writer.write_batch({name: [getattr(s, name) for s in batch] for name in features})
-                    pictures.update("".join(s.image_digest for s in batch).encode())
-                    lengths.append(np.array([len(s.input_ids) for s in batch], dtype=np.int32))
-            if not lengths:
-                counts = ", ".join(f"{name} {count}" for name, count in tokenising.counts.items())
-                raise DataError(
-                    ", ".join(settings.train_files),
-                    None,
-                    f"no row is left to use ({counts})",
-                    "raise max_length, set truncation: right (text: packing: true), or correct the files",
-                )
-            writer.finalize()
-        np.save(partial / "lengths.npy", np.concatenate(lengths))
-        meta = {"counts": tokenising.counts, "format": tokenising.format, "pictures": pictures.hexdigest()}
-        (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        partial.chmod(0o755)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            # Another process was first; its folder has the same content.
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-class Samples:
-    """Tokenised samples on disk, memory-mapped; tokenised on first use, loaded by every later process.
-
-    Attributes:
-        cache_key: sha256 (hex) of files, settings and tokenizer, and of the pictures where there are some.
-        folder: where they are cached.
-        counts: rows read, and of them bad, too_long, truncated; samples kept.
-        format: the format found or given.
-        lengths: [num_samples] int32, tokens of each sample without those of its picture, memory-mapped.
-    Raises:
-        DataError: a row is broken or too long and the settings say error; no row is left.
-        ValueError: a file is missing, or a setting does not fit the data.
-    """
-
-    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> None:
-        for path in settings.train_files:
-            check_source(path)
-        self._files = settings.train_files
-        self.cache_key = _cache_key(settings, tokenizer)
-        self.folder = folder = Path(cache_dir) / _folder_name(settings, self.cache_key)
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(folder):
-                if not folder.exists():
-                    _write_cache(folder, settings, tokenizer)
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.counts: dict[str, int] = meta["counts"]
-        self.format: str = meta["format"]
-        if settings.images is not None:
-            self.cache_key = hashlib.sha256(f"{self.cache_key} {meta['pictures']}".encode()).hexdigest()
-        self.lengths: npt.NDArray[np.int32] = np.load(folder / "lengths.npy", mmap_mode="r")
-        self._table = Dataset.from_file(str(folder / "samples.arrow")).with_format("arrow")
-
-    def read(self, samples: Sequence[int]) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
-        """(input_ids, loss_mask) of each sample, both [length]."""
-        table: Any = self._table[list(samples)]
-        ids, masks = table.column("input_ids"), table.column("loss_mask")
-        return [(ids[i].values.to_numpy(), masks[i].values.to_numpy(zero_copy_only=False)) for i in range(len(samples))]
-
-    def classes(self, samples: Sequence[int]) -> tuple[list[int], list[npt.NDArray[np.int8]]]:
-        """Class number of each sample (-1: none) and its token types, [length] or empty."""
-        table: Any = self._table[list(samples)]
-        types = table.column("token_type_ids")
-        return table.column("label").to_pylist(), [types[i].values.to_numpy() for i in range(len(samples))]
-
-    def images(self, samples: Sequence[int]) -> tuple[list[StoredImage], list[str]]:
-        """Picture of each sample and the folder that its path starts from."""
-        table: Any = self._table[list(samples)]
-        columns = (table.column(name).to_pylist() for name in _IMAGE_FEATURES)
-        folders = [os.path.dirname(self._files[file]) for file in table.column("file").to_pylist()]
-        return [StoredImage(*row) for row in zip(*columns, strict=True)], folders
-
-    def ids(self, samples: Sequence[int]) -> list[str]:
-        """`file:line` of each sample, with `#piece` (from 0) behind it for the later pieces of a long text."""
-        table: Any = self._table[list(samples)]
-        columns = (table.column(name).to_pylist() for name in ("file", "line", "piece"))
-        return [
-            f"{self._files[file]}:{line}{f'#{piece}' if piece else ''}"
-            for file, line, piece in zip(*columns, strict=True)
-        ]
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One process of a machine tokenises, the others wait.  Saves work only: without it the last rename would lose."""
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    with suppress(NotImplementedError, OSError):  # a file system without locks
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()  # does nothing when it is not held
 
 
 # ---- collation ----
@@ -311,7 +143,7 @@ class _Collator:
     """Grains -> tensors; a grain's tensors depend on the grain alone."""
 
     def __init__(
-        self, samples: Samples, tokenizer: PreTrainedTokenizerBase, packed: bool, images: ImageReader | None
+        self, samples: Samples | Mixture, tokenizer: PreTrainedTokenizerBase, packed: bool, images: ImageReader | None
     ) -> None:
         assert (images is not None) == (samples.format == "image_text")
         self._samples, self._images = samples, images
@@ -359,7 +191,7 @@ class _Collator:
             except BadImageError as reason:
                 (place,) = self._samples.ids([sample])
                 raise RuntimeError(
-                    f"{place}: {reason}; put the file back, or remove {self._samples.folder} and start anew"
+                    f"{place}: {reason}; put the file back, or remove {self._samples.cached_in(sample)} and start anew"
                 ) from reason
         return replace(batch, position_ids=batch.position_ids + 1, token_type_ids=types, pixel_values=torch.cat(pixels))
 
@@ -372,14 +204,17 @@ class TrainData:
     """The training data of a run: which samples make up each step, and their tensors.
 
     Args:
+        settings: its train_files, unless there are sources, which then bring files and fields of their own.
         cache_dir: folder of the tokenised samples, shared by processes and runs.
         global_batch_size, grain_size: rows of a step and of a grain (per_device_train_batch_size).
         num_train_epochs, max_steps: length of the run; max_steps wins.
         images: makes pixels of the rows' pictures (format image_text).
+        sources: named data sets instead of train_files, with weights or without.
     Raises:
-        DataError, ValueError: see Samples and TrainOrder.
+        DataError, ValueError: see Samples, Mixture and TrainOrder.
     Attributes:
         num_steps: T.  num_grains: grains of a full step.  num_samples.  counts, format: see Samples.
+        shares: what an epoch draws of each source; none without sources.
         pad_token_id: what batches are padded with; a classification model's config must say the same (load_model).
         fingerprint: sha256 (hex) of all that decides the lists of rows (samples, packing, seed): a checkpoint keeps
             it, and a cursor is valid under an equal fingerprint only.
@@ -398,8 +233,11 @@ class TrainData:
         num_train_epochs: float | None = None,
         max_steps: int | None = None,
         images: ImageReader | None = None,
+        sources: Sequence[Source] = (),
     ) -> None:
-        samples = Samples(settings, tokenizer, cache_dir)
+        samples = open_samples(settings, sources, tokenizer, cache_dir)
+        self._mixture = samples if isinstance(samples, Mixture) else None
+        self.shares: Sequence[Share] = () if self._mixture is None else self._mixture.shares
         self._order = TrainOrder(
             samples.lengths,
             seed=settings.seed,
@@ -408,6 +246,7 @@ class TrainData:
             grain_size=grain_size,
             num_train_epochs=num_train_epochs,
             max_steps=max_steps,
+            parts=() if self._mixture is None else self._mixture.parts,
         )
         self._collator = _Collator(samples, tokenizer, settings.packing, images)
         self.counts = samples.counts
@@ -434,6 +273,10 @@ class TrainData:
         """Where `step` begins."""
         return self._order.cursor(step)
 
+    def drawn(self, step: int) -> dict[str, Drawn]:
+        """What the steps before `step` trained on, by source; {} without sources. Cost: the order of all epochs."""
+        return {} if self._mixture is None else self._mixture.drawn(self._order.samples_before(step))
+
     def collate(self, grain: Grain) -> Batch:
         """The grain's tensors."""
         return self._collator.collate(grain)
@@ -448,10 +291,10 @@ class EvalData:
 
     Args:
         settings: the training's, or a changed copy (other fields); its train_files are not read.
-        files: the held-out files.
-        max_samples: only the first so many samples.
+        files: the held-out files; none where there are sources.
+        max_samples: only the first so many samples, of each source.
         choose: (count, seed): instead, `count` samples drawn without replacement by the seed, in file order.
-        images: see TrainData.
+        images: see TrainData. sources: named held-out files, whose rows no grain mixes.
     Attributes:
         num_samples.  counts, format: see Samples (of the whole files).  pad_token_id: see TrainData.
     Raises:
@@ -469,24 +312,34 @@ class EvalData:
         max_samples: int | None = None,
         choose: tuple[int, int] | None = None,
         images: ImageReader | None = None,
+        sources: Sequence[Source] = (),
     ) -> None:
         if grain_size <= 0 or (max_samples is not None and max_samples <= 0):
             raise ValueError(f"grain_size={grain_size} and max_samples={max_samples} must be above 0")
         if choose is not None and max_samples is not None:
             raise ValueError(f"max_samples={max_samples} and choose={choose} exclude each other; give one")
-        samples = Samples(replace(settings, train_files=tuple(files)), tokenizer, cache_dir)
-        order = list(range(len(samples.lengths)))[:max_samples]
+        if not sources:
+            settings = replace(settings, train_files=tuple(files))
+        samples = open_samples(settings, sources, tokenizer, cache_dir)
+        starts = samples.starts.tolist() if isinstance(samples, Mixture) else [0, len(samples.lengths)]
+        chosen: Sequence[int] = range(len(samples.lengths))
         if choose is not None:
-            order = _choose(len(samples.lengths), *choose, files=files)
-        rows = (
-            pack(order, samples.lengths, settings.max_length) if settings.packing else [(sample,) for sample in order]
-        )
-        self._grains = cut_grains([RowRef(0, i, row) for i, row in enumerate(rows)], grain_size)
+            named = files or [file for source in sources for file in source.settings.train_files]
+            chosen = _choose(len(samples.lengths), *choose, files=named)
+        names = [source.name for source in sources] or [""]
+        self._grains: list[Grain] = []
+        self.num_samples = num_rows = 0
+        for name, (start, stop) in zip(names, pairwise(starts), strict=True):
+            order = [sample for sample in chosen if start <= sample < stop][:max_samples]
+            packed = pack(order, samples.lengths, settings.max_length) if settings.packing else [(s,) for s in order]
+            rows = [RowRef(0, num_rows + i, row) for i, row in enumerate(packed)]
+            cut = cut_grains(rows, grain_size, first=len(self._grains))
+            self._grains += [replace(grain, source=name) for grain in cut]
+            self.num_samples, num_rows = self.num_samples + len(order), num_rows + len(rows)
         self._collator = _Collator(samples, tokenizer, settings.packing, images)
         self.counts = samples.counts
         self.format = samples.format
         self.pad_token_id = self._collator.pad_token_id
-        self.num_samples = len(order)
 
     def grains(self) -> list[Grain]:
         """All grains, numbered from 0."""
@@ -501,7 +354,7 @@ class EvalData:
         return self._collator.sample_ids(grain)
 
 
-def _choose(num_samples: int, count: int, seed: int, *, files: Sequence[str]) -> list[int]:
+def _choose(num_samples: int, count: int, seed: int, *, files: Sequence[str]) -> Sequence[int]:
     """`count` of the samples 0 .. num_samples - 1, drawn without replacement by the seed, sorted.
 
     Through data_order.permutation, as Generator.choice may change between NumPy's versions.

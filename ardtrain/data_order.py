@@ -1,15 +1,16 @@
 """Which samples make up which step: order, packing, cursor.  Pure functions of (seed, epoch, token lengths).
 
-Words: a *sample* is one tokenised document (or a piece of one), numbered from 0 in file order. A *row* is one line of
-the batch: one sample, or with packing several. Rows of an epoch form a list; the epochs' lists joined and cut into
-global batches are the steps; a step is cut into grains. The number of processes appears nowhere in this file.
+Words: a *sample* is one tokenised document (or a piece of one), numbered from 0 in file order; of several sources those
+of the first come first. A *row* is one line of the batch: one sample, or with packing several. Rows of an epoch form a
+list; the epochs' lists joined and cut into global batches are the steps; a step is cut into grains. The number of
+processes appears nowhere in this file.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
@@ -21,7 +22,9 @@ IntArray = npt.NDArray[np.int64]
 
 # What a stream of random numbers is for; part of its seed, so that no two purposes share numbers.
 _PURPOSE_SAMPLES = 1
-_PURPOSE_ROWS = 2
+_PURPOSE_ROWS = 2  # 3 is data.py's
+_PURPOSE_SOURCES = 4
+_PURPOSE_PASS = 5
 _SAMPLES_A_BLOCK = 1 << 16
 _EPOCHS_KEPT = 2  # a batch may span two epochs
 
@@ -41,6 +44,15 @@ class Grain:
 
     index: int
     rows: tuple[RowRef, ...]
+    source: str = ""  # of held-out rows in several sources, which no grain mixes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source of a weighted mixture. drawn: samples that an epoch takes of its num_samples; no fewer than these."""
+
+    num_samples: int
+    drawn: int
 
 
 @dataclass(frozen=True)
@@ -65,13 +77,13 @@ class RowList:
         return tuple(self.samples[self.starts[row] : self.starts[row + 1]].tolist())
 
 
-def permutation(count: int, *, seed: int, epoch: int, purpose: int) -> IntArray:
-    """[count] int64, the numbers 0..count-1 in an order given by (seed, epoch, purpose).
+def permutation(count: int, *, seed: int, epoch: int, purpose: int, source: int = 0) -> IntArray:
+    """[count] int64, the numbers 0..count-1 in an order given by (seed, epoch, purpose, source).
 
     Sorts raw PCG64 output instead of calling Generator.permutation: NumPy promises that the raw stream never changes
     between versions, and promises nothing about Generator's methods (NEP 19).
     """
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose, source])).random_raw(count)
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
@@ -131,13 +143,57 @@ def _rows_in_order(samples: IntArray, row_of: IntArray, num_rows: int) -> RowLis
     return RowList(samples[np.argsort(row_of, kind="stable")], starts)
 
 
-def epoch_rows(lengths: npt.NDArray[np.integer], *, seed: int, epoch: int, capacity: int | None) -> RowList:
-    """The rows of one epoch in training order; every sample occurs exactly once.
+def drawn_samples(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Samples that an epoch of a weighted mixture draws of each source, in proportion to the weights.
+
+    The epoch is the shortest in which none draws fewer than its source holds: one source is gone through exactly once,
+    the others as often or more often. Weights are exact decimals (0.1 is a tenth); shares are off by half a sample.
+
+    Args:
+        sizes: samples of each source, above 0. weights: above 0.
+    """
+    shares = [Fraction(repr(weight)) for weight in weights]
+    unit = max(size / share for size, share in zip(sizes, shares, strict=True))
+    return [floor(unit * share + Fraction(1, 2)) for share in shares]
+
+
+def mixed_order(parts: Sequence[Part], *, seed: int, epoch: int) -> IntArray:
+    """The samples of one epoch of a mixture, in training order: sum(drawn) numbers, the parts' one after the other.
+
+    Which source comes when is a shuffle of its own. What a source gives is the next part of an endless list, one pass
+    over its samples after the other, each in another order: how often two samples of a source have come differs by one
+    at most (packing changes the order within an epoch).
+    """
+    owner = np.repeat(np.arange(len(parts)), [part.drawn for part in parts])
+    owner = owner[permutation(len(owner), seed=seed, epoch=epoch, purpose=_PURPOSE_SOURCES)]
+    order = np.empty(len(owner), dtype=np.int64)
+    first = 0
+    for source, part in enumerate(parts):
+        order[owner == source] = first + _next_of(part, source, seed=seed, epoch=epoch)
+        first += part.num_samples
+    return order
+
+
+def _next_of(part: Part, source: int, *, seed: int, epoch: int) -> IntArray:
+    """[drawn] what this epoch takes of the list of the source's passes: places epoch * drawn and on."""
+    start = epoch * part.drawn
+    passes = range(start // part.num_samples, -(-(start + part.drawn) // part.num_samples))
+    listed = [permutation(part.num_samples, seed=seed, epoch=n, purpose=_PURPOSE_PASS, source=source) for n in passes]
+    return np.concatenate(listed)[start - passes.start * part.num_samples :][: part.drawn]
+
+
+def epoch_rows(
+    lengths: npt.NDArray[np.integer], *, seed: int, epoch: int, capacity: int | None, parts: Sequence[Part] = ()
+) -> RowList:
+    """The rows of one epoch in training order; every sample occurs exactly once, of a mixture as `mixed_order` says.
 
     `capacity` is the tokens of a packed row, None for one sample a row. Packed rows are shuffled once more, as
     otherwise the badly filled ones would all come last.
     """
-    order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_PURPOSE_SAMPLES)
+    if parts:
+        order = mixed_order(parts, seed=seed, epoch=epoch)
+    else:
+        order = permutation(len(lengths), seed=seed, epoch=epoch, purpose=_PURPOSE_SAMPLES)
     if capacity is None:
         return RowList(order, np.arange(len(order) + 1))
     rows = _packed(order, lengths, capacity)
@@ -184,6 +240,7 @@ class TrainOrder:
         lengths: [num_samples] tokens of each sample, at least one sample.
         capacity: tokens of a packed row; None: one sample a row.
         global_batch_size, grain_size: rows of a step and of a grain.
+        parts: of a weighted mixture, whose samples `lengths` holds one part after the other.
     Raises:
         ValueError: grain_size does not divide global_batch_size, no sample, or no length of the run.
     Attributes:
@@ -207,6 +264,7 @@ class TrainOrder:
         grain_size: int,
         num_train_epochs: float | None = None,
         max_steps: int | None = None,
+        parts: Sequence[Part] = (),
     ) -> None:
         if grain_size <= 0 or global_batch_size <= 0 or global_batch_size % grain_size:
             raise ValueError(
@@ -215,7 +273,9 @@ class TrainOrder:
             )
         if len(lengths) == 0:
             raise ValueError("the training data have no sample; nothing to train on")
+        assert not parts or sum(part.num_samples for part in parts) == len(lengths)
         self._lengths = lengths
+        self._parts = tuple(parts)
         self._seed = seed
         self._capacity = capacity
         self._global_batch_size = global_batch_size
@@ -233,7 +293,8 @@ class TrainOrder:
     def num_rows(self, epoch: int) -> int:
         """Rows of `epoch`."""
         while len(self._ends) <= epoch:
-            count = len(self._lengths) if self._capacity is None else len(self._rows(len(self._ends)))
+            one_each = sum(part.drawn for part in self._parts) or len(self._lengths)
+            count = one_each if self._capacity is None else len(self._rows(len(self._ends)))
             self._ends.append(count + (self._ends[-1] if self._ends else 0))
         return self._ends[epoch] - (self._ends[epoch - 1] if epoch else 0)
 
@@ -266,6 +327,13 @@ class TrainOrder:
         """The rows of `step` cut into grains; only the run's last grain may be smaller, its last step have fewer."""
         return cut_grains(self.rows_of_step(step), self._grain_size)
 
+    def samples_before(self, step: int) -> Iterator[IntArray]:
+        """The samples of all steps before `step`, an epoch's at a time."""
+        place = self.cursor(step)
+        for epoch in range(place.epoch + 1):
+            rows = self._rows(epoch)
+            yield rows.samples[: rows.starts[place.row]] if epoch == place.epoch else rows.samples
+
     def _locate(self, position: int) -> Cursor:
         while not self._ends or self._ends[-1] <= position:
             self.num_rows(len(self._ends))
@@ -274,14 +342,16 @@ class TrainOrder:
 
     def _rows(self, epoch: int) -> RowList:
         if epoch not in self._epochs:
-            self._epochs[epoch] = epoch_rows(self._lengths, seed=self._seed, epoch=epoch, capacity=self._capacity)
+            self._epochs[epoch] = epoch_rows(
+                self._lengths, seed=self._seed, epoch=epoch, capacity=self._capacity, parts=self._parts
+            )
             while len(self._epochs) > _EPOCHS_KEPT:
                 self._epochs.popitem(last=False)
         self._epochs.move_to_end(epoch)
         return self._epochs[epoch]
 
 
-def cut_grains(rows: Sequence[RowRef], grain_size: int) -> list[Grain]:
-    """Consecutive `grain_size` rows each; the last grain may be smaller."""
+def cut_grains(rows: Sequence[RowRef], grain_size: int, *, first: int = 0) -> list[Grain]:
+    """Consecutive `grain_size` rows each; the last grain may be smaller. first: number of the first grain."""
     starts = range(0, len(rows), grain_size)
-    return [Grain(index, tuple(rows[start : start + grain_size])) for index, start in enumerate(starts)]
+    return [Grain(first + index, tuple(rows[start : start + grain_size])) for index, start in enumerate(starts)]

@@ -388,11 +388,11 @@ def _messages(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
 # ---- classification: labels, texts and pairs ----
 
 
-def find_labels(files: Sequence[str], settings: DataSettings) -> tuple[str, ...]:
-    """The names of the classes in the files' rows, in the order of the model's outputs; reads the label field alone.
+def find_labels(sources: Sequence[DataSettings]) -> tuple[str, ...]:
+    """The names of the classes in the sources' rows, in the order of the model's outputs; reads the label field alone.
 
     Integer labels are class numbers: the names are "0" to the largest.  Text labels are sorted by code point.  Where
-    `settings.labels` are given, every row is checked against them and they are returned.
+    labels are given, in all sources the same, every row is checked against them and they are returned.
     Call it with the training files: held-out rows may lack a class.
 
     Raises:
@@ -402,7 +402,9 @@ def find_labels(files: Sequence[str], settings: DataSettings) -> tuple[str, ...]
     """
     found: set[int | str] = set()
     first: dict[type, str] = {}  # int or str -> its first row
-    for path in files:
+    labels = sources[0].labels
+    files = [(path, settings) for settings in sources for path in settings.train_files]
+    for path, settings in files:
         check_source(path)
         if is_text(path):
             raise ValueError(f"{path!r} is plain text and holds no labels; use JSONL for data.format: classification")
@@ -411,8 +413,8 @@ def find_labels(files: Sequence[str], settings: DataSettings) -> tuple[str, ...]
                 row = _parse(path, content)
                 assert isinstance(row, dict)
                 label = _label_of(row, settings.label_field)
-                if settings.labels:
-                    _class_number(label, settings.labels)
+                if labels:
+                    _class_number(label, labels)
             except _BadRow as reason:
                 if settings.on_bad_row == "error":
                     raise DataError(path, line, str(reason), _FIX_OR_SKIP) from reason
@@ -424,16 +426,17 @@ def find_labels(files: Sequence[str], settings: DataSettings) -> tuple[str, ...]
                 )
             first.setdefault(type(label), f"{path}:{line}")
             found.add(label)
-    names = settings.labels or ()
+    names = labels or ()
     if not names:
         numbers = [label for label in found if isinstance(label, int)]
         texts = sorted(label for label in found if isinstance(label, str))
         names = tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(texts)
     if len(names) < 2 or not found:
         raise DataError(
-            ", ".join(files),
+            ", ".join(path for path, _ in files),
             None,
-            f"the rows' field {settings.label_field!r} holds {f'the one label {names[0]!r}' if found else 'no label'}",
+            f"the rows' field {sources[0].label_field!r} holds "
+            + (f"the one label {names[0]!r}" if found else "no label"),
             "two classes at least are needed; correct data.label_field or the files, or give data.label_names",
         )
     return names

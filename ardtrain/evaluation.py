@@ -38,11 +38,13 @@ class HeldOut:
 
     metrics: of classification (classification_metrics); of rows with pictures exact_match, the share of rows whose
     answer greedy decoding would write, eos included; else empty.
+    others: NAME_loss of each source, where the rows come from several.
     """
 
     loss: float
     num_tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -50,8 +52,8 @@ class HeldOut:
         return math.exp(min(self.loss, 700.0))
 
     def numbers(self) -> dict[str, float]:
-        """Everything worth recording, by name: loss, and perplexity or the metrics."""
-        return {"loss": self.loss, **(self.metrics or {"perplexity": self.perplexity})}
+        """Everything worth recording, by name: loss, perplexity or the metrics, the others."""
+        return {"loss": self.loss, **(self.metrics or {"perplexity": self.perplexity}), **self.others}
 
 
 def class_logits(module: nn.Module, batch: Batch, *, device: torch.device) -> Tensor:
@@ -243,7 +245,21 @@ def held_out_loss(
     if num_classes:
         rows = gather_rows(predicted, result.tokens, world, columns=2)
         metrics = classification_metrics(rows[:, 0], rows[:, 1], num_classes=num_classes)
-    return HeldOut(math.fsum(result.losses) / max(1, tokens), tokens, metrics)
+    sources = [getattr(grain, "source", "") for grain in grains]  # Grains may be of any kind
+    others = source_losses(sources, result.losses, result.tokens)
+    return HeldOut(math.fsum(result.losses) / max(1, tokens), tokens, metrics, others)
+
+
+def source_losses(sources: Sequence[str], losses: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
+    """NAME_loss of each source, nats a term of the loss; {} where no grain names one.
+
+    sources: of each grain; losses, tokens: its sum of the loss and that sum's terms.
+    """
+    out = {}
+    for name in dict.fromkeys(name for name in sources if name):
+        own = [grain for grain, source in enumerate(sources) if source == name]
+        out[f"{name}_loss"] = math.fsum(losses[g] for g in own) / max(1, sum(tokens[g] for g in own))
+    return out
 
 
 def gather_rows(

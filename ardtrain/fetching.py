@@ -53,8 +53,8 @@ def tokenise(path: str, overrides: list[str]) -> list[str]:
     preflight.open_allocation_data(config, tokenizer, labels)
     told = [f"rows: {train.num_samples} to train on" + (f", {held_out.num_samples} held out" if held_out else "")]
     told[0] += f", tokenised in {preflight.cache_dir()}"
-    sources = [*config.data.train_file, config.data.eval_file, config.data.allocation_file]
-    for source in dict.fromkeys(s for s in sources if s and is_hub(s)):
+    told += [f"  {share.text()}" for share in train.shares]
+    for source in filter(is_hub, config.data.files):
         hub = parse_hub(source)
         if not hub.is_folder and hub.revision != (commit := commit_of(hub)):
             name = hub.name if hub.config is None else f"{hub.name}/{hub.config}"

@@ -45,7 +45,7 @@ from ardtrain.config import (
     updated,
     with_batch,
 )
-from ardtrain.data import DataSettings, EvalData, TrainData
+from ardtrain.data import DataSettings, EvalData, Source, TrainData
 from ardtrain.data_rows import find_labels
 from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
 from ardtrain.gather_sizes import WeightSizes
@@ -218,7 +218,7 @@ def read_labels(config: RunConfig) -> tuple[str, ...]:
     if config.data.label_names is not None:
         return config.data.label_names
     try:
-        return find_labels(config.data.train_file, data_settings(config))
+        return find_labels([data_settings(config, source=name) for name in config.data.sources or (None,)])
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
 
@@ -250,31 +250,58 @@ def template_text(config: RunConfig) -> str | None:
     return template
 
 
-def data_settings(config: RunConfig, labels: tuple[str, ...] = (), images: ImageSettings | None = None) -> DataSettings:
-    """The config's `data` block and the settings of rows, in the data layer's own form."""
+def data_settings(
+    config: RunConfig,
+    labels: tuple[str, ...] = (),
+    images: ImageSettings | None = None,
+    *,
+    source: str | None = None,
+) -> DataSettings:
+    """The config's `data` block, or one of its sources, and the settings of rows, in the data layer's own form."""
     d = config.data
+    fields = d.row_fields(source)
+    image_field = fields.pop("image_field")
+    if images is not None:
+        images = replace(images, field=image_field)
+    fields["format"] = _FORMATS.get(config.task, fields["format"])
     return DataSettings(
-        train_files=d.train_file,
-        format=_FORMATS.get(config.task, d.format),
-        prompt_field=d.prompt_field,
-        completion_field=d.completion_field,
-        messages_field=d.messages_field,
-        text_field=d.text_field,
-        prompt_template=d.prompt_template,
-        completion_template=d.completion_template,
+        **fields,
+        train_files=d.training_files if source is None else d.sources[source].file,
         chat_template=template_text(config),
         max_length=config.max_length,
         packing=config.packing,
         truncation=config.truncation,
         on_bad_row=d.on_bad_row,
         seed=config.seed,
-        text_pair_field=d.text_pair_field,
-        label_field=d.label_field,
         labels=labels or None,
         images=images,
-        loss_on=d.loss_on,
-        tools_field=d.tools_field,
     )
+
+
+def training_sources(
+    config: RunConfig, labels: tuple[str, ...] = (), images: ImageSettings | None = None
+) -> list[Source]:
+    """data.sources in the data layer's own form; none where the rows come from train_file."""
+    return [
+        Source(name, data_settings(config, labels, images, source=name), own.weight)
+        for name, own in config.data.sources.items()
+    ]
+
+
+def held_out_sources(
+    config: RunConfig, labels: tuple[str, ...] = (), images: ImageSettings | None = None
+) -> list[Source]:
+    """The held-out files of data.sources, each with its source's fields; none where the rows come from eval_file."""
+    return [
+        Source(name, replace(data_settings(config, labels, images, source=name), train_files=(file,)))
+        for name, file in config.data.held_out_sources.items()
+    ]
+
+
+def held_out_settings(config: RunConfig, images: ImageSettings | None = None) -> list[DataSettings]:
+    """Of each held-out file, in the order of their rows."""
+    own = [source.settings for source in held_out_sources(config, images=images)]
+    return own or [replace(data_settings(config, images=images), train_files=config.data.held_out_files)]
 
 
 def cache_dir() -> Path:
@@ -306,10 +333,11 @@ def open_data(
             num_train_epochs=config.num_train_epochs,
             max_steps=config.max_steps,
             images=images,
+            sources=training_sources(config, labels, settings.images),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
-    held_out = None if config.data.eval_file is None else open_held_out(config, tokenizer, labels, images=images)
+    held_out = None if not config.data.held_out_files else open_held_out(config, tokenizer, labels, images=images)
     check_schedule(config, train.num_steps)
     _check_rounds(config, train)
     return train, held_out
@@ -323,26 +351,26 @@ def open_held_out(
     images: ImageReader | None = None,
     packing: bool | None = None,
 ) -> EvalData:
-    """The rows of data.eval_file, which the config must have, in their grains.
+    """The rows of data.eval_file or of the sources', which the config must have, in their grains.
 
     packing: None: as the config says.
 
     Raises:
         ConfigError: the file is missing, or its rows are broken.
     """
-    assert config.data.eval_file is not None
+    assert config.data.held_out_files
+    config = config if packing is None else config.model_copy(update={"packing": packing})
     settings = data_settings(config, labels, images.settings if images else None)
-    if packing is not None:
-        settings = replace(settings, packing=packing)
     try:
         return EvalData(
             settings,
-            [config.data.eval_file],
+            config.data.held_out_files,
             tokenizer,
             cache_dir(),
             grain_size=config.per_device_eval_batch_size,
             max_samples=config.max_eval_samples,
             images=images,
+            sources=held_out_sources(config, labels, settings.images),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
@@ -360,19 +388,21 @@ def open_allocation_data(
     ard = config.method == "ard_lora" and config.ard_lora is not None and config.ard_lora.meta_interval > 0
     if not (alora or ard):
         return None
-    path = config.data.allocation_file or config.data.eval_file
-    assert path is not None, "the config checks this"
+    assert config.data.allocation_files, "the config checks this"
     block = config.alora or AloraBlock()
     images = image_reader(config, tokenizer)
+    settings = data_settings(config, labels, images.settings if images else None)
+    shared = config.data.allocation_file is None
     try:
         return EvalData(
-            data_settings(config, labels, images.settings if images else None),
-            [path],
+            settings,
+            config.data.allocation_files,
             tokenizer,
             cache_dir(),
             grain_size=config.per_device_eval_batch_size,
             choose=(block.val_batch, config.seed) if alora else None,
             images=images,
+            sources=held_out_sources(config, labels, settings.images) if shared else (),
         )
     except (OSError, ValueError) as error:
         source = f"alora.val_batch={block.val_batch}: " if alora else ""
@@ -499,6 +529,7 @@ def summary(config: RunConfig, shape: Shape, train: TrainData, notes: Sequence[s
         *([f"by tower: {shape.by_tower}"] if shape.by_tower else []),
         schedule_text(config, train),
         f"data: {train.num_samples} samples; " + ", ".join(f"{k} {v}" for k, v in train.counts.items()),
+        *(f"  {share.text()}" for share in train.shares),
         *(f"note: {n}" for n in notes),
     ]
     return "\n".join(lines)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ardtrain.config import RunConfig
+from ardtrain.data_mix import Drawn
 from ardtrain.evaluation import HeldOut
 from ardtrain.observe import RunLog
 from ardtrain.ranks import RankTable
@@ -59,6 +62,14 @@ class Records:
         unit = "rows" if "accuracy" in held_out.metrics else "tokens"
         others = "".join(f", {name} {value:.4f}" for name, value in held_out.metrics.items())
         self._log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} {unit}{others}")
+
+    def drawn(self, sources: Mapping[str, Drawn]) -> None:
+        """Records what the run has trained on of each source, at its end, and says it; nothing without sources."""
+        if not sources:
+            return
+        self._log.metrics(self._trainer.state.step, {"sources": {name: asdict(own) for name, own in sources.items()}})
+        for name, own in sources.items():
+            self._log.say(f"{name}: {own.samples:,} samples, {own.tokens:,} tokens, {own.passes:.2f} passes")
 
     def event(self, event: Event) -> None:
         """Records one event of the allocator."""

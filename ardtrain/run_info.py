@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ def write_run_info(
     num_base: int,
     world_size: int,
     device: torch.device,
+    sources: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """Adds this start to the file. Process 0 alone.
 
     step: optimizer steps done before it; 0 of a new run, whose starts are the file's first.
     num_trained, num_base: numbers that are trained, and those of the base, now.
+    sources: what an epoch takes of each data set, where there are several by name.
     """
     path = Path(run_dir) / RUN_INFO_FILE
     starts = read_starts(path) if step else []
@@ -50,6 +52,7 @@ def write_run_info(
     record = {
         "num_trained": num_trained,
         "num_base": num_base,
+        **({"sources": sources} if sources else {}),
         "modules": {s.module: [s.in_features, s.out_features, s.tower] for s in sites},  # alike for a matrix's heads
         "starts": [*starts, start],
     }

@@ -10,7 +10,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,8 @@ class Session(ABC):
             )
             flag = trainer.fit()
             code = StopCode.FILE if flag % SIGNAL_FLAG else StopCode.SIGNAL if flag else StopCode.NONE
+            if code is StopCode.NONE and self.world.is_main:
+                self.records.drawn(self.data.drawn(trainer.state.step))
             self.end(code)
 
     def announce(self) -> None:
@@ -293,6 +295,7 @@ class Session(ABC):
                 num_base=shape.num_base,
                 world_size=self.world.world_size,
                 device=self.world.device,
+                sources={s.name: {**asdict(s), "passes": s.passes} for s in self.data.shares},
             )
         if self.resumed is not None:
             self.log.say(f"resumed from {self.resumed.path} after step {self.trainer.state.step}")

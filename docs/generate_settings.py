@@ -19,7 +19,7 @@ from ardtrain.config import (
 )
 
 TARGET = Path(__file__).with_name("settings.md")
-TITLES = {"": "Top level", "targets.*": "Block `targets.<tower>`"}
+TITLES = {"": "Top level", "targets.*": "Block `targets.<tower>`", "data.sources.*": "Block `data.sources.<name>`"}
 SECTIONS = [(block, TITLES.get(block, f"Block `{block}`"), model) for block, model in BLOCKS.items()]
 HEAD = """# Settings
 

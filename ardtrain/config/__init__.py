@@ -5,6 +5,7 @@ and `with_batch` (the global batch size), and written into the run folder by `du
 back to an equal object. Every mistake is a `ConfigError`: one line each of setting, value, rule, remedy; all at once.
 """
 
+from ardtrain.config.data import DataBlock, SourceBlock
 from ardtrain.config.evaluation import EvaluationBlock, best_metric
 from ardtrain.config.launcher import LauncherBlock
 from ardtrain.config.models import (
@@ -12,7 +13,6 @@ from ardtrain.config.models import (
     AdapterSettings,
     AloraBlock,
     ArdLoraBlock,
-    DataBlock,
     ElaLoraBlock,
     OptimizerBlock,
     ProbeLoraBlock,
@@ -53,6 +53,7 @@ __all__ = [
     "OptimizerBlock",
     "ProbeLoraBlock",
     "RunConfig",
+    "SourceBlock",
     "TargetBlock",
     "accumulation_steps",
     "adapter_settings",

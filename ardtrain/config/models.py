@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import string
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from ardtrain.config.block import Block, tuple_of
+from ardtrain.config.data import DataBlock
 from ardtrain.config.evaluation import LOGGED, EvaluationBlock, best_metric
 from ardtrain.config.launcher import LauncherBlock
 
@@ -71,53 +71,6 @@ class TargetBlock(Block):
             other = given[0] if given else "full"
             return [f"{other} stands beside {without[0]}=true, which leaves no adapter; remove one"]
         return module_errors(self)
-
-
-class DataBlock(Block):
-    """Where the rows come from and which of their fields are what."""
-
-    train_file: Annotated[tuple[str, ...], BeforeValidator(tuple_of)] = Field(min_length=1)
-    """JSONL, Parquet or text, one path or a list; or hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT] (split train)."""
-    eval_file: str | None = None
-    """As train_file, one."""
-    format: Literal["auto", "completion", "chat", "text"] = "auto"
-    """auto: by the fields of the first row."""
-    prompt_field: str = "prompt"
-    completion_field: str = "completion"
-    messages_field: str = "messages"
-    loss_on: Literal["assistant", "last"] = "assistant"
-    """Of a chat: every turn of the assistant, or its last one alone."""
-    tools_field: str | None = None
-    """Field of a chat row whose list goes to the template as tools."""
-    text_field: str = "text"
-    prompt_template: str | None = None
-    """str.format over the row's fields instead of prompt_field, such as "{instruction}\\n{input}\\n"."""
-    completion_template: str | None = None
-    """str.format over the row's fields instead of completion_field."""
-    text_pair_field: str | None = None
-    """Second text of a row (sequence classification)."""
-    image_field: str = "image"
-    """Path (relative to the data file), data URI or bytes of a row's picture (image_text_to_text)."""
-    label_field: str = "label"
-    """A number from 0 or a name (sequence classification)."""
-    label_names: tuple[str, ...] | None = None
-    """Names of the labels in order; None: found in the training rows."""
-    allocation_file: str | None = None
-    """Rows that the allocator may look at (ALoRA's batch, ARD-LoRA's alternation); None: eval_file."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """skip: left out and counted."""
-
-    def cross_field_errors(self) -> list[str]:
-        errors = []
-        for name in ("prompt_template", "completion_template"):
-            try:
-                fields = [field for _, field, _, _ in string.Formatter().parse(getattr(self, name) or "")]
-            except ValueError as error:
-                errors.append(f"{name} is no str.format template ({error}); write {{{{ and }}}} for braces in the text")
-                continue
-            if any(field is not None and not field.isidentifier() for field in fields):
-                errors.append(f"{name} may hold plain field names only, such as {{instruction}}; rename the others")
-        return errors
 
 
 class OptimizerBlock(Block):
@@ -409,7 +362,7 @@ class RunConfig(Block):
     metric_for_best_model: str = "loss"
     """By which the file `best` names a checkpoint: a held-out metric as the run logs it, with or without eval_."""
     greater_is_better: bool | None = None
-    """None: true, but for loss and perplexity."""
+    """None: true, but for losses and perplexity."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """End after so many evaluations in a row that are no better; null: never."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
@@ -491,7 +444,7 @@ class RunConfig(Block):
                     f"quantization={self.quantization} keeps a frozen base in few bits, and method=full trains every "
                     "weight; remove it or choose an adapter"
                 )
-        if self.method == "alora" and self.data.allocation_file is None and self.data.eval_file is None:
+        if self.method == "alora" and not self.data.allocation_files:
             errors.append("method=alora judges components on held-out rows; set data.allocation_file or data.eval_file")
         if self.task == "sequence_classification" and self.packing:
             errors.append("packing=true has no meaning for task=sequence_classification, one label a row; remove it")
@@ -521,11 +474,14 @@ class RunConfig(Block):
             errors.append("method=full is not built for task=image_text_to_text; use an adapter")
         if self.packing:
             errors.append("packing=true is not built for task=image_text_to_text, a picture a row; remove it")
-        if self.data.format not in ("auto", "completion"):
-            errors.append(
-                f"data.format={self.data.format} does not go with task=image_text_to_text, whose rows are picture, "
-                "prompt and completion; remove it"
-            )
+        formats = {"data.format": self.data.format}
+        formats |= {f"data.sources.{name}.format": own.format for name, own in self.data.sources.items() if own.format}
+        for setting, value in formats.items():
+            if value not in ("auto", "completion"):
+                errors.append(
+                    f"{setting}={value} does not go with task=image_text_to_text, whose rows are picture, prompt and "
+                    "completion; remove it"
+                )
         if "flash" in (self.attn_implementation or ""):
             errors.append(
                 f"attn_implementation={self.attn_implementation} cannot draw a mask in which picture and prompt see "
@@ -555,7 +511,7 @@ class RunConfig(Block):
                 f"ard_lora.tie=head stands beside ard_lora.mlp_heads={block.mlp_heads}, whose pseudo-heads are "
                 "no attention heads; choose another tie, or mlp_heads=1"
             )
-        if block.meta_interval and self.data.allocation_file is None and self.data.eval_file is None:
+        if block.meta_interval and not self.data.allocation_files:
             errors.append(
                 f"ard_lora.meta_interval={block.meta_interval} needs held-out rows; set data.allocation_file or "
                 "data.eval_file"
@@ -593,13 +549,14 @@ class RunConfig(Block):
                 "matrix"
             )
         for name in ("eval_steps", "eval_on_start"):
-            if getattr(self, name) and self.data.eval_file is None:
+            if getattr(self, name) and not self.data.held_out_files:
                 errors.append(f"{name}={getattr(self, name)} has no rows; set data.eval_file")
         return [*errors, *self._best_errors()]
 
     def _best_errors(self) -> list[str]:
         errors = []
         known, name = LOGGED[self.task], best_metric(self.metric_for_best_model)
+        known += tuple(f"{source}_loss" for source in self.data.held_out_sources)
         if name not in known:
             errors.append(
                 f"metric_for_best_model={self.metric_for_best_model} is not logged by task={self.task}; choose among "
@@ -620,7 +577,8 @@ class RunConfig(Block):
 
 def is_greater_better(config: RunConfig) -> bool:
     """Is a greater metric_for_best_model the better one?"""
-    smaller = best_metric(config.metric_for_best_model) in ("loss", "perplexity")
+    metric = best_metric(config.metric_for_best_model)
+    smaller = metric in ("loss", "perplexity") or metric.endswith("_loss")
     return not smaller if config.greater_is_better is None else config.greater_is_better
 
 

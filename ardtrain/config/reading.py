@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ardtrain.config.block import Block
+from ardtrain.config.data import DataBlock, SourceBlock
 from ardtrain.config.evaluation import EvaluationBlock
 from ardtrain.config.launcher import LauncherBlock
 from ardtrain.config.models import (
@@ -18,7 +19,6 @@ from ardtrain.config.models import (
     AdaLoraBlock,
     AloraBlock,
     ArdLoraBlock,
-    DataBlock,
     ElaLoraBlock,
     OptimizerBlock,
     ProbeLoraBlock,
@@ -40,6 +40,7 @@ from ardtrain.config.text import (
 BLOCKS: dict[str, type[Block]] = {
     "": RunConfig,
     "data": DataBlock,
+    "data.sources.*": SourceBlock,
     "optimizer": OptimizerBlock,
     "elalora": ElaLoraBlock,
     "adalora": AdaLoraBlock,
@@ -135,7 +136,8 @@ def _checked(raw: dict[str, Any], errors: list[str]) -> RunConfig:
 
 
 def _block_key(path: tuple[str, ...]) -> str:
-    return "targets.*" if len(path) == 2 and path[0] == "targets" else ".".join(path)
+    by_name = ".".join((*path[:-1], "*"))
+    return by_name if path and by_name in BLOCKS else ".".join(path)
 
 
 def _canonical(raw: dict[Any, Any], errors: list[str], path: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -252,14 +254,15 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, str, str]:
     block: tuple[str, ...] = ()
     for part in loc:
         model = BLOCKS.get(_block_key(block))
-        if model is None:  # a tower's name in `targets`
+        if model is None:  # a name, such as a tower's in `targets`
             block = (*block, str(part))
             path.append(str(part))
             continue
         if part not in model.model_fields:
             break
         path.append(str(part))
-        if _block_key((*block, str(part))) in BLOCKS or (not block and part == "targets"):
+        inner = (*block, str(part))
+        if _block_key(inner) in BLOCKS or ".".join((*inner, "*")) in BLOCKS:
             block = (*block, str(part))
     field = None
     owner = BLOCKS.get(_block_key(tuple(path[:-1])))

@@ -14,6 +14,7 @@ FILE_NAME = "ardtrain.schema.json"
 _ONE_STANDS_FOR_A_LIST = {
     "RunConfig": ("trainable_tokens", "modules_to_save", "report_to", "preemption_signal"),
     "DataBlock": ("train_file",),
+    "SourceBlock": ("file",),
 }
 _OFF = {"RunConfig": ("zero_checkpoint",)}  # YAML 1.1 reads a bare off as false
 
@@ -38,6 +39,8 @@ def run_schema() -> dict[str, Any]:
         for alias, target in ALIASES.get(models.get(name, "?"), {}).items():
             if alias not in properties:
                 properties[alias] = {**_free(properties[target], alias), "description": f"Another name of {target}."}
+        if name == "DataBlock":
+            part["anyOf"] = [{"properties": {}, "required": [one]} for one in ("train_file", "sources")]
         required = [field for field in part.get("required", ()) if not _has_alias(field, models.get(name, "?"))]
         if "required" in part:
             part["required"] = required

@@ -38,8 +38,7 @@ def read_needs(config_path: str | None, overrides: Sequence[str] = (), run_dir: 
     if config_path is None:
         return Needs(Path(run_dir or ".").absolute())
     config = load_config(config_path, overrides)
-    data = [*config.data.train_file, config.data.eval_file, config.data.allocation_file]
-    files = [Path(file) for file in data if file and not is_hub(file)]
+    files = [Path(file) for file in config.data.files if not is_hub(file)]
     model = Path(config.model_name_or_path)
     if model.is_dir():  # else an id of the hub
         files += sorted(path for path in model.iterdir() if path.suffix in (".safetensors", ".json", ".model"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ardtrain import preflight
 from ardtrain.collectives import World
-from ardtrain.config import ConfigError, RunConfig, updated
+from ardtrain.config import ConfigError, DataBlock, RunConfig, updated
 from ardtrain.data_rows import detect_format
 from ardtrain.data_sources import check_source
 from ardtrain.evaluating.generation import Decoding, end_tokens, generate_rows
@@ -72,28 +72,36 @@ def evaluated_config(request: Request, target: Target, *, world_size: int) -> Ru
         ConfigError: no held-out rows are named, the file is missing, or a setting is wrong.
     """
     config, _ = read_run_config(target.run_dir / CONFIG_FILE, request.overrides, world_size=world_size)
-    path = request.data if request.data is not None else config.data.eval_file
-    if path is None and request.tasks is not None and not request.metrics:
-        path = config.data.train_file[0]  # lm-eval brings its own rows; these are opened and not evaluated
-    if path is None:
+    path = request.data
+    if path is None and not config.data.held_out_files and request.tasks is not None and not request.metrics:
+        path = config.data.training_files[0]  # lm-eval brings its own rows; these are opened and not evaluated
+    data = config.data if path is None else held_out_alone(config.data, path)
+    if not data.held_out_files:
         raise ConfigError(
             [f"--data is missing and the run {target.run_dir} has no data.eval_file; give --data FILE of held-out rows"]
         )
-    try:
-        check_source(path)
-    except ValueError as error:
-        where = "--data" if request.data is not None else "data.eval_file"
-        raise ConfigError([f"{where}={path}: {error}"]) from error
+    for file in data.held_out_files:
+        try:
+            check_source(file)
+        except ValueError as error:
+            where = "--data" if request.data is not None else "data.eval_file"
+            raise ConfigError([f"{where}={file}: {error}"]) from error
     return updated(
         config,
         {
-            "data": config.data.model_copy(update={"eval_file": path}),
+            "data": data,
             "output_dir": str(target.run_dir),
             "gradient_checkpointing": False,  # nothing is kept for a backward
             "activation_offload": False,
             "preemption_signal": (),  # it ends at once: there is nothing to save
         },
     )
+
+
+def held_out_alone(data: DataBlock, path: str) -> DataBlock:
+    """The block with this file as all of its held-out rows."""
+    sources = {name: own.model_copy(update={"eval_file": None}) for name, own in data.sources.items()}
+    return data.model_copy(update={"eval_file": path, "sources": sources})
 
 
 def with_finished_model(target: Target, config: RunConfig) -> Target:
@@ -105,19 +113,18 @@ def with_finished_model(target: Target, config: RunConfig) -> Target:
 
 def refuse_unanswerable(config: RunConfig) -> None:
     """ConfigError where the held-out rows have no prompts."""
-    assert config.data.eval_file is not None
-    settings = replace(preflight.data_settings(config), train_files=(config.data.eval_file,))
-    try:
-        format_ = detect_format(settings) if settings.format == "auto" else settings.format
-    except ValueError as error:
-        raise ConfigError(str(error).splitlines()) from error
-    if format_ == "text":
-        raise ConfigError(
-            [
-                f"--metrics: generated text needs rows with prompts, and those of {config.data.eval_file} are plain "
-                "text; give completions or chats, or choose loss, perplexity"
-            ]
-        )
+    for settings in preflight.held_out_settings(config):
+        try:
+            format_ = detect_format(settings) if settings.format == "auto" else settings.format
+        except ValueError as error:
+            raise ConfigError(str(error).splitlines()) from error
+        if format_ == "text":
+            raise ConfigError(
+                [
+                    f"--metrics: generated text needs rows with prompts, and those of {settings.train_files[0]} are "
+                    "plain text; give completions or chats, or choose loss, perplexity"
+                ]
+            )
 
 
 def open_model(prepared: Prepared, around: Surroundings, target: Target) -> Evaluated:
@@ -178,11 +185,10 @@ class Evaluation:
         """References and groups, on process 0; read before anything is computed. All processes must call this."""
         known, problem = None, ""
         if self.world.is_main and (self.generates or self.block.group_field is not None):
-            assert self.config.data.eval_file is not None
             images = preflight.image_reader(self.config, self.model.tokenizer)
-            settings = preflight.data_settings(self.config, images=None if images is None else images.settings)
+            settings = preflight.held_out_settings(self.config, images=None if images is None else images.settings)
             try:
-                known = read_known(self.config.data.eval_file, self.ids, settings, self.data.format, self.block)
+                known = read_known(settings, self.ids, self.block)
             except ValueError as error:
                 problem = str(error)
         problem = self.world.broadcast_text(problem)
@@ -243,7 +249,7 @@ class Evaluation:
             "step": self.model.step,
             "task": self.config.task,
             "method": self.config.method,
-            "data": self.config.data.eval_file,
+            "data": self.config.data.eval_file or self.config.data.held_out_sources,
             "rows": len(self.ids) if self.metrics else 0,
             "counts": self.data.counts if self.metrics else {},
             "settings": {"seed": self.config.seed, **self.block.model_dump(mode="json")},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ardtrain.config import EvaluationBlock
-from ardtrain.data_rows import DataSettings, answers_of
+from ardtrain.data_rows import DataSettings, answers_of, detect_format
 from ardtrain.data_sources import DataError
 
 _TEXTS = str | int | float
@@ -21,23 +22,26 @@ class Known:
     groups: tuple[str | None, ...]
 
 
-def line_of(sample_id: str) -> int:
-    """The line of `file:line`, or of `file:line#piece`."""
-    return int(sample_id.rpartition(":")[2].partition("#")[0])
+def line_of(sample_id: str) -> str:
+    """`file:line` of itself, or of `file:line#piece`."""
+    return re.sub(r"#\d+$", "", sample_id)
 
 
-def read_known(path: str, ids: Sequence[str], settings: DataSettings, format_: str, block: EvaluationBlock) -> Known:
-    """References and groups of these samples of a file.
+def read_known(sources: Sequence[DataSettings], ids: Sequence[str], block: EvaluationBlock) -> Known:
+    """References and groups of these samples of the sources' files.
 
     Raises:
         DataError: a row has no references_field, or one that holds no texts.
     """
     wanted = {line_of(name) for name in ids}
-    found: dict[int, tuple[tuple[str, ...], str | None]] = {}
-    for line, row, answer in answers_of(path, settings, format_):
-        if line in wanted:
-            references = () if answer is None else _references(path, line, row, answer, block.references_field)
-            found[line] = (references, _group(row, block.group_field))
+    found: dict[str, tuple[tuple[str, ...], str | None]] = {}
+    for settings in sources:
+        format_ = detect_format(settings) if settings.format == "auto" else settings.format
+        for path in settings.train_files:
+            for line, row, answer in answers_of(path, settings, format_):
+                if f"{path}:{line}" in wanted:
+                    references = () if answer is None else _references(path, line, row, answer, block.references_field)
+                    found[f"{path}:{line}"] = (references, _group(row, block.group_field))
     rows = [found.get(line_of(name), ((), None)) for name in ids]
     return Known(tuple(references for references, _ in rows), tuple(group for _, group in rows))
 

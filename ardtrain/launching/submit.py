@@ -296,8 +296,7 @@ def _check_run(config: RunConfig, nodes: int, hosts: tuple[Host, ...]) -> list[s
     from ardtrain.deepspeed_config import take_over
     from ardtrain.preflight import check_model
 
-    files = [*config.data.train_file, config.data.eval_file, config.data.allocation_file]
-    local = [file for file in files if file and not is_hub(file)]
+    local = [file for file in config.data.files if not is_hub(file)]
     missing = [f"data: {file} is not there; correct the path" for file in local if not os.path.exists(file)]
     if missing:
         raise ConfigError(missing)

@@ -163,9 +163,9 @@ def _run(shapes: Shapes, step: float, *, resize: float, save: float, row: float)
         forwards = ABLATION_SHARE * (2 * shapes.shape.table.total + 1)
         out["ablation"] = block.rounds * forwards * block.val_batch * row
     out["saves"] = save * (1 + (config.max_steps // config.save_steps if config.save_steps else 0))
-    if config.max_eval_samples and config.data.eval_file and config.eval_steps:
+    if config.max_eval_samples and config.data.held_out_files and config.eval_steps:
         evaluations = config.max_steps // config.eval_steps + int(config.eval_on_start)
-        out["evaluations"] = evaluations * config.max_eval_samples * row
+        out["evaluations"] = evaluations * config.max_eval_samples * len(config.data.held_out_files) * row
     return {cause: s for cause, s in out.items() if s}
 
 

@@ -19,7 +19,8 @@ from ardtrain.config import BLOCKS, AloraBlock, ConfigError, RunConfig, check_sc
 from ardtrain.config.commented import Line, commented_yaml
 from ardtrain.config.schema import FILE_NAME, schema_text
 from ardtrain.config.text import merged, parse_overrides, read_yaml
-from ardtrain.data import Samples
+from ardtrain.data_mix import Mixture, open_samples
+from ardtrain.data_order import mixed_order
 from ardtrain.deepspeed_config import take_over
 from ardtrain.planning.advice import suggestions
 from ardtrain.planning.hardware import Machine, machine_of
@@ -130,10 +131,15 @@ def facts_of(config: RunConfig) -> Facts:
     images = preflight.image_reader(config, tokenizer)
     try:
         settings = preflight.data_settings(config, shape.labels, images.settings if images else None)
-        samples = Samples(settings, tokenizer, preflight.cache_dir())
+        sources = preflight.training_sources(config, shape.labels, settings.images)
+        samples = open_samples(settings, sources, tokenizer, preflight.cache_dir())
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
-    tokens, kept = int(np.sum(samples.lengths, dtype=np.int64)), len(samples.lengths)
+    if isinstance(samples, Mixture) and samples.parts:
+        epoch = samples.drawn([mixed_order(samples.parts, seed=config.seed, epoch=0)]).values()
+        tokens, kept = sum(drawn.tokens for drawn in epoch), sum(drawn.samples for drawn in epoch)
+    else:
+        tokens, kept = int(np.sum(samples.lengths, dtype=np.int64)), len(samples.lengths)
     return Facts(
         method=config.method,
         task=config.task,

@@ -157,13 +157,15 @@ def tokens(tokenizer, samples, index):
 def test_labels_are_found_in_a_fixed_way(tmp_path):
     numbers = write(tmp_path / "a.jsonl", [{"label": 3}, {"label": 0}, "\n", {"label": 3}])
     for none in (None, ()):
-        assert find_labels([numbers], make(numbers, labels=none)) == ("0", "1", "2", "3")
+        assert find_labels([make(numbers, labels=none)]) == ("0", "1", "2", "3")
     texts = write(tmp_path / "b.jsonl", [{"y": "b"}, {"y": "B"}, {"y": "b"}])
     more = write(tmp_path / "c.jsonl", [{"y": "a"}])
-    settings = make(texts, more, labels=None, label_field="y")
-    assert find_labels([texts, more], settings) == find_labels([more, texts], settings) == ("B", "a", "b")
-    given = make(texts, labels=("b", "a", "B", "never seen"), label_field="y")
-    assert find_labels([texts, more], given) == ("b", "a", "B", "never seen")
+    settings, other = make(texts, more, labels=None, label_field="y"), make(more, texts, labels=None, label_field="y")
+    assert find_labels([settings]) == find_labels([other]) == ("B", "a", "b")
+    renamed = make(write(tmp_path / "d.jsonl", [{"z": "c"}]), labels=None, label_field="z")
+    assert find_labels([settings, renamed]) == ("B", "a", "b", "c")
+    given = make(texts, more, labels=("b", "a", "B", "never seen"), label_field="y")
+    assert find_labels([given]) == ("b", "a", "B", "never seen")
 
 
 BAD_LABELS = [
@@ -181,28 +183,28 @@ BAD_LABELS = [
 def test_bad_label_names_file_line_rule_remedy(tmp_path, row, reason):
     path = write(tmp_path / "a.jsonl", [{"label": 1}, "\n", row, {"label": 0}])
     with pytest.raises(DataError, match=rf"a\.jsonl:3: .*{reason}.*; correct the row, or .*on_bad_row: skip"):
-        find_labels([path], make(path, labels=None))
-    assert find_labels([path], make(path, labels=None, on_bad_row="skip")) == ("0", "1")
+        find_labels([make(path, labels=None)])
+    assert find_labels([make(path, labels=None, on_bad_row="skip")]) == ("0", "1")
 
 
 def test_mixed_unknown_and_too_few_labels(tmp_path):
     mixed = write(tmp_path / "a.jsonl", [{"label": 1}, {"label": "yes"}])
     with pytest.raises(DataError, match=r"a\.jsonl:2: label 'yes' is a str, unlike .*a\.jsonl:1; write all labels the"):
-        find_labels([mixed], make(mixed, labels=None, on_bad_row="skip"))
+        find_labels([make(mixed, labels=None, on_bad_row="skip")])
     unknown = write(tmp_path / "b.jsonl", [{"label": "yes"}, {"label": "mabe"}])
     with pytest.raises(DataError, match=r"b\.jsonl:2: label 'mabe' is unknown: did you mean 'maybe'\?"):
-        find_labels([unknown], make(unknown))
+        find_labels([make(unknown)])
     large = write(tmp_path / "c.jsonl", [{"label": 2}, {"label": 3}])
     with pytest.raises(DataError, match=r"c\.jsonl:2: label 3 is unknown: there are 3 classes, 0 \.\. 2"):
-        find_labels([large], make(large))
+        find_labels([make(large)])
     one = write(tmp_path / "d.jsonl", [{"label": "yes"}, {"label": "yes"}])
     with pytest.raises(DataError, match="holds the one label 'yes'; two classes at least are needed"):
-        find_labels([one], make(one, labels=None))
+        find_labels([make(one, labels=None)])
     with pytest.raises(DataError, match="holds no label; two classes"):
-        find_labels([write(tmp_path / "e.jsonl", [])], make(one, labels=None))
+        find_labels([make(write(tmp_path / "e.jsonl", []), labels=None)])
     (tmp_path / "f.txt").write_text("a")
     with pytest.raises(ValueError, match="is plain text and holds no labels"):
-        find_labels([str(tmp_path / "f.txt")], make(one, labels=None))
+        find_labels([make(str(tmp_path / "f.txt"), labels=None)])
     for labels in (("a",), ("a", "a")):
         with pytest.raises(ValueError, match="two or more different names"):
             make("a.jsonl", labels=labels)
@@ -704,7 +706,7 @@ def test_real_rows_keep_their_labels_and_texts(tmp_path, data_dir, name, classes
     raw = make(
         str(train), labels=None, text_pair_field="text_pair" if pair else None, max_length=512, truncation="right"
     )
-    labels = find_labels([str(train)], raw)
+    labels = find_labels([raw])
     assert labels == tuple(str(i) for i in range(classes))
     settings = make(str(train), labels=labels, text_pair_field=raw.text_pair_field, max_length=512, truncation="right")
     data = TrainData(settings, tokenizer, tmp_path, global_batch_size=64, grain_size=32, num_train_epochs=1.0)
@@ -731,9 +733,9 @@ def test_real_names_of_labels(tmp_path, data_dir):
     train = data_dir / "banking77" / "train.jsonl"
     names = json.loads((data_dir / "banking77" / "labels.json").read_text())
     by_name = make(str(train), labels=None, label_field="name")
-    assert find_labels([str(train)], by_name) == tuple(sorted(names)) and len(names) == 77
+    assert find_labels([by_name]) == tuple(sorted(names)) and len(names) == 77
     given = make(str(train), labels=tuple(names))
-    assert find_labels([str(train)], given) == tuple(names)
+    assert find_labels([given]) == tuple(names)
 
 
 def test_tiny_pretrained_llama_classifies_padded_rows_as_single_ones(tmp_path, data_dir):

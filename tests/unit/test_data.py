@@ -324,7 +324,7 @@ def test_cache_is_keyed_by_contents_settings_and_tokenizer(tmp_path, tokenizer, 
     (tmp_path / "sub").mkdir()
     moved = write(tmp_path / "sub" / "b.jsonl", [GOOD])
     with monkeypatch.context() as patch:
-        patch.setattr("ardtrain.data.Tokenising", None)  # a second process loads, it tokenises nothing
+        patch.setattr("ardtrain.data_cache.Tokenising", None)  # a second process loads, it tokenises nothing
         again = Samples(make(moved, seed=8), tokenizer, tmp_path / "c")
     assert again.cache_key == first.cache_key and again.counts == first.counts
     assert again.ids([0]) == [f"{moved}:1"]

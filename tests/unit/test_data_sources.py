@@ -82,7 +82,7 @@ def test_damaged_parquet_is_named(tmp_path, tokenizer):
 
 def test_labels_are_found_in_parquet(tmp_path):
     path = parquet(tmp_path / "a.parquet", [{"text": "a", "label": 2}, {"text": "b", "label": 0}])
-    assert find_labels([path], make_classes(path, labels=None)) == ("0", "1", "2")
+    assert find_labels([make_classes(path, labels=None)]) == ("0", "1", "2")
 
 
 def test_cache_key_follows_contents_and_not_places(tmp_path, tokenizer):

@@ -69,7 +69,7 @@ def test_a_folder_needs_nothing_and_rows_are_tokenised_ahead(config, tmp_path, c
     said = capsys.readouterr().out
     assert "a local folder, nothing to fetch" in said and "weights complete: 21 tensors" in said
     assert f"rows: 3 to train on, tokenised in {tmp_path / 'cache' / 'rows'}" in said
-    monkeypatch.setattr("ardtrain.data.Tokenising", None)
+    monkeypatch.setattr("ardtrain.data_cache.Tokenising", None)
     settings = load_config(path, ["global_batch_size=1"])
     train, _ = preflight.open_data(settings, preflight.tokenizer_of(settings))
     assert train.num_samples == 3

@@ -152,7 +152,8 @@ def known_of(tmp_path, rows, ids=None, *, format_="completion", changes=None, **
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ids = ids or [f"{path}:{line}" for line in range(1, len(rows) + 1)]
-    return read_known(str(path), ids, settings_of(path, format_, **changes or {}), format_, EvaluationBlock(**block))
+    ids = [name.replace("rows.jsonl", str(path)) if name.startswith("rows") else name for name in ids]
+    return read_known([settings_of(path, format_, **changes or {})], ids, EvaluationBlock(**block))
 
 
 def test_references_of_completions_templates_and_chats(tmp_path):
@@ -165,7 +166,7 @@ def test_references_of_completions_templates_and_chats(tmp_path):
     chat = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     rows = [{"messages": [*chat, {"role": "assistant", "content": "d"}]}]
     assert known_of(tmp_path, rows, format_="chat").references == (("d",),)
-    assert line_of("C:/x:y.jsonl:12#3") == 12
+    assert line_of("C:/x:y.jsonl:12#3") == line_of("C:/x:y.jsonl:12") == "C:/x:y.jsonl:12"
 
 
 def test_references_from_a_field_of_one_of_several_or_of_vqas_form(tmp_path):

@@ -176,7 +176,7 @@ def test_the_schema_accepts_the_examples(path):
         ({"learning_rate": "fast"}, "learning_rate"),
         ({"method": "loro"}, "is none of"),
         ({"r": 0}, "too small"),
-        ({"data": {}}, "train_file is missing"),
+        ({"data": {}}, "train_file"),
         ({"elalora": {"init_warmup": 1, "final_warmup": 1, "mask_interval": 1, "kk": 2}}, "elalora"),
     ],
 )
