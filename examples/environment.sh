@@ -4,8 +4,8 @@
 #   ardtrain_environment "$checkout" [EXTRA]   the environment, with the extra (test) if named; sets $ARDTRAIN_PYTHON
 #   ardtrain_variables                         thread count, accelerator, folder of the compiled ops
 #   ardtrain_libaio                            Debian's libaio-dev, for parameter offload to NVMe (root only)
-#   ardtrain_cluster                           Debian's ssh, pdsh and Slurm, and both MPIs from PyPI, for tests on several
-#                                              hosts (root only)
+#   ardtrain_cluster                           Debian's ssh, pdsh and Slurm, for tests on several hosts (root only)
+#   ardtrain_mpich                             a second MPI, from PyPI, for those tests
 #   ardtrain_browser                           Debian's Chromium, in which a test looks at reports (root only)
 #   ardtrain_build_ops OP...                   compiles ahead, in one process: ShareMemComm (processes that meet on a
 #                                              CPU), AsyncIO (offload to NVMe), CPUAdam (its optimizer kernel)
@@ -82,7 +82,9 @@ ardtrain_cluster() {
     ardtrain_stage "install ssh, pdsh and Slurm" _ardtrain_apt $packages || true
   fi
   command -v slurmctld >/dev/null || echo "note: Slurm or pdsh is missing; runs on several hosts are not tested"
-  # Two MPIs in one environment would share the name mpirun.
+}
+
+ardtrain_mpich() { # after ardtrain_environment; two MPIs in one environment would share the name mpirun
   if [ ! -x "$ARDTRAIN_VENV/mpich/bin/mpirun" ]; then
     ardtrain_stage "install MPICH" _ardtrain_pip --target "$ARDTRAIN_VENV/mpich" mpich
   fi

@@ -56,6 +56,40 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[FOUND] = {}
+    if config.getoption("--record-families") and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--record-families needs all tests in one process; leave -n out")
+
+
+# Of pytest-xdist's two workers (-n 2) one takes the launch tests, one after another, from the start on; the other the
+# rest, file by file, so that a file's fixtures are made once; last the tests of several processes, which fill two cores
+# alone. Tests of such a folder share hosts, ports and fixtures, so one worker has them all.
+CHAINS = {"launch": 0, "distributed": 2}
+
+
+def chain_of(nodeid):
+    """The folder of a chain, or the test's own file."""
+    path = nodeid.partition("::")[0]
+    folder = path.removeprefix("tests/").partition("/")[0]
+    return folder if folder in CHAINS else path
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: CHAINS.get(chain_of(item.nodeid), 1))  # stable
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Chains(LoadScopeScheduling):
+        """(--dist loadgroup finds no marks under pytest 9.2.)"""
+
+        def _split_scope(self, nodeid):
+            return chain_of(nodeid)
+
+    config.option.loadscopereorder = False  # not by the number of tests
+    return Chains(config, log)
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -5,10 +5,15 @@ set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$checkout/examples/environment.sh"
 cd "$checkout"
+# Debian's packages come while pip works, and the ops compile while pip fetches the last one.
+{ ardtrain_libaio && ardtrain_cluster && ardtrain_browser; } &
+packages=$!
 ardtrain_environment "$checkout" test
 ardtrain_variables
-ardtrain_libaio
-ardtrain_cluster
-ardtrain_browser
-ardtrain_build_ops ShareMemComm AsyncIO CPUAdam
-exec "$ARDTRAIN_PYTHON" -m pytest "$@" </dev/null
+wait "$packages"
+ardtrain_build_ops ShareMemComm AsyncIO CPUAdam &
+ops=$!
+ardtrain_mpich
+wait "$ops"
+# Two workers, for two cores; tests/conftest.py says who takes what. `-n 0` after it: one process.
+exec "$ARDTRAIN_PYTHON" -m pytest -n 2 "$@" </dev/null

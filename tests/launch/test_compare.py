@@ -17,7 +17,7 @@ from tests.runs import lines, write_run
 
 pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parent.parent.parent
-RATES, SEEDS = (2e-3, 1e-2), (1, 2)
+RATES, SEEDS = (2e-3,), (1, 2)  # four runs: each is a process, ten seconds before its first step
 TARGETS = ["gate_proj", "up_proj", "down_proj"]  # of equal cost: ElaLoRA moves components, the parameters stay
 
 

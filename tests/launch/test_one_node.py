@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.processes import run_processes
+from tests.launch.stories import Stories
 from tests.runs import fingerprint, lines, write_run
 
 pytestmark = pytest.mark.launch
@@ -26,14 +27,19 @@ def environment(folder):
     return {"ARDTRAIN_CACHE": str(folder / "cache")}
 
 
+CHUNKS = {"whole": None, "chunks": 3}  # loss_chunk_tokens
+
+
 @pytest.fixture(scope="module")
-def alone(folder, environment):
-    """The unbroken run of one process without ZeRO-3."""
-    config = write_run(folder, "alone")
-    ended = run_processes(
-        1, ["-m", "ardtrain", "train", str(config)], folder=folder, timeout=200, environment=environment
-    )
-    assert ended.codes == [0], ended.text()
+def alone(folder):
+    """The unbroken run of one process without ZeRO-3, and beside it the same with other chunks of logits."""
+    stories = Stories(folder)
+    stories.add("alone", write_run(folder, "alone"), 1)
+    for name, chunk_tokens in CHUNKS.items():
+        stories.add(name, write_run(folder, name, loss_chunk_tokens=chunk_tokens), 1,
+                    [f"loss_chunk_tokens={chunk_tokens or 'null'}"])  # fmt: skip
+    stories.play()
+    stories.ended_well("alone", *CHUNKS)
     assert (folder / "alone" / "status").read_text() == "finished 16\n"
     return fingerprint(folder / "alone")
 
@@ -53,12 +59,9 @@ def test_deepspeed_launcher_trains_like_one_process(folder, environment, alone):
     assert "ranks.png" in done.stdout and (folder / "launched" / "ranks.png").stat().st_size > 10_000
 
 
-def test_whole_logits_give_the_losses_of_logits_in_chunks(folder, environment, alone):
-    for name, chunk_tokens in (("whole", None), ("chunks", 3)):
-        config = write_run(folder, name, loss_chunk_tokens=chunk_tokens)
-        arguments = ["-m", "ardtrain", "train", str(config), f"loss_chunk_tokens={chunk_tokens or 'null'}"]
-        ended = run_processes(1, arguments, folder=folder, timeout=200, environment=environment)
-        assert ended.codes == [0] and "has no effect" not in ended.text(), ended.text()
+def test_whole_logits_give_the_losses_of_logits_in_chunks(folder, alone):
+    for name in CHUNKS:
+        assert "has no effect" not in (folder / name / "logs" / "process-0000.log").read_text()
         losses = fingerprint(folder / name)["losses"]
         assert losses != alone["losses"]
         for step, loss in alone["losses"].items():

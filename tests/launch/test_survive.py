@@ -41,11 +41,6 @@ def done(folder):
     stories = Stories(folder)
     for method in SHORT:
         cut_twice(stories, folder, method)
-    pairs = config_of(folder, "elalora", "pairs")
-    for number, size in enumerate(ALL_PAIRS):
-        stop = {"stop_after": 2} if number < len(ALL_PAIRS) - 1 else {}
-        zero = ["deepspeed=zero3_offload_param"] if number % 2 else []
-        stories.add("pairs", pairs, size, AUTO + zero, **stop)
     elsewhere = config_of(folder, "elalora", "elsewhere")
     stories.add("elsewhere", elsewhere, 1, [f"resume_from_checkpoint={folder / 'elalora-cut' / 'checkpoint-9'}"])
     fast = ["stop_poll_seconds=1e-6"]  # asks after every round
@@ -75,8 +70,17 @@ def done(folder):
 
 @pytest.fixture(scope="module")
 def others(folder):
-    """The other methods, cut twice; tests/distributed/test_matrix.py cuts them once, below the command line."""
+    """Every pair of world sizes; the other methods, cut twice.
+
+    tests/distributed/test_matrix.py goes from 4 processes to 3, 2, 1 and 5, and cuts every method once, below the
+    command line.
+    """
     stories = Stories(folder)
+    pairs = config_of(folder, "elalora", "pairs")
+    for number, size in enumerate(ALL_PAIRS):
+        stop = {"stop_after": 2} if number < len(ALL_PAIRS) - 1 else {}
+        zero = ["deepspeed=zero3_offload_param"] if number % 2 else []
+        stories.add("pairs", pairs, size, AUTO + zero, **stop)
     for method in METHODS:
         if method not in SHORT:
             cut_twice(stories, folder, method)
@@ -102,16 +106,16 @@ def leave_only_deepspeeds(folder):
     (run / "latest").unlink()
 
 
-def test_every_pair_of_world_sizes_equals_the_unbroken_run(folder, done):
-    done.ended_well("elalora-alone")
-    done.ended_well("pairs")
-    assert len(done.results["pairs"]) == 13
+@pytest.mark.full
+def test_every_pair_of_world_sizes_equals_the_unbroken_run(folder, done, others):
+    others.ended_well("pairs")
+    assert len(others.results["pairs"]) == 13
     assert fingerprint(folder / "pairs") == fingerprint(folder / "elalora-alone")
 
 
 @pytest.mark.parametrize("method", SHORT)
 def test_a_method_cut_twice_on_other_world_sizes(folder, done, method):
-    done.ended_well(f"{method}-cut")
+    done.ended_well(f"{method}-alone", f"{method}-cut")
     assert fingerprint(folder / f"{method}-cut") == fingerprint(folder / f"{method}-alone")
 
 
