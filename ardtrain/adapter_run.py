@@ -172,6 +172,7 @@ class AdapterRun(Session):
         trainer.loss_sum = partial(loss_sum, logit_head=self.logit_head)
         if self.method.needs.ablation:
             trainer.ablation = self._make_ablation(trainer)
+        self.generates(self.backbone.module, trainer, sharded=self.prepared.plan.backbone_stage == 3)
         return trainer
 
     def _find_logit_head(self) -> LogitHead | None:

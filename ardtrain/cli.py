@@ -262,7 +262,7 @@ def _report(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     _one(arguments, "evaluate", "run folder")
     _name_the_accelerator()
-    from ardtrain.evaluating import evaluate
+    from ardtrain.evaluating.command import evaluate
 
     return evaluate(arguments)
 

@@ -38,7 +38,7 @@ class HeldOut:
 
     metrics: of classification (classification_metrics); of rows with pictures exact_match, the share of rows whose
     answer greedy decoding would write, eos included; else empty.
-    others: NAME_loss of each source, where the rows come from several.
+    others: NAME_loss of each source, where the rows come from several; metrics of generated answers.
     """
 
     loss: float

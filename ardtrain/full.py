@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ardtrain import schedule
 from ardtrain.collectives import ExactSum, StepSum, deal
 from ardtrain.data import Batch
-from ardtrain.evaluation import HeldOut, held_out_loss
+from ardtrain.evaluation import HeldOut
 from ardtrain.ranks import named_seed
 from ardtrain.trainer import LOSS_SCALE_MIN, MAX_REPEATS, Backbone, Event, StepResult, Trainer, tensor_digest
 
@@ -148,13 +148,7 @@ class FullTrainer(Trainer):
         """Held-out loss with the weights as they are. All processes must call this."""
         assert self.eval_data is not None
         with self.clock.section("evaluate"):
-            result = held_out_loss(
-                self.backbone.module,
-                self.eval_data,
-                world=self.world,
-                loss_sum=self.loss_sum,
-                between=self.between,
-            )
+            result = self._held_out(self.eval_data)
             self.backbone.release()
         return result
 

@@ -56,6 +56,7 @@ class FullRun(Session):
         self.trainer = FullTrainer(
             self.loop_settings(), world, self.engine, data=self.data, eval_data=self.eval_data, state=state
         )
+        self.generates(self.engine.module, self.trainer, sharded=plan.full["zero_optimization"]["stage"] == 3)
 
     def _find_checkpoint(self) -> checkpoint.Loaded | None:
         """The newest intact checkpoint; its engine's files are pickles, so the config must allow them."""

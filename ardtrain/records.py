@@ -60,7 +60,8 @@ class Records:
         """Records a held-out loss and says it."""
         self._log.metrics(step, {f"eval_{name}": value for name, value in held_out.numbers().items()})
         unit = "rows" if "accuracy" in held_out.metrics else "tokens"
-        others = "".join(f", {name} {value:.4f}" for name, value in held_out.metrics.items())
+        told = {**held_out.metrics, **held_out.others}
+        others = "".join(f", {name} {value:.4f}" for name, value in told.items())
         self._log.say(f"step {step}: held-out loss {held_out.loss:.4f} over {held_out.num_tokens} {unit}{others}")
 
     def drawn(self, sources: Mapping[str, Drawn]) -> None:

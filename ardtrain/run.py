@@ -21,6 +21,7 @@ from ardtrain.collectives import World
 from ardtrain.config import ConfigError, RunConfig
 from ardtrain.environment import ProcessIdentity, discover
 from ardtrain.environment import export as export_identity
+from ardtrain.evaluating.answers import check_answers
 from ardtrain.faults import EXIT_PEER_FAILED, StopRequest, Watchdog, guard_streams, host_name, lost_peer, write_failure
 from ardtrain.full_run import FullRun
 from ardtrain.launching.job import REHEARSAL
@@ -63,6 +64,7 @@ def validate(path: str | Path, overrides: Sequence[str], *, verify: bool = False
     """
     prepared = prepare(path, overrides, world_size=1)
     check_trackers(prepared.config)
+    check_answers(prepared.config)
     tokenizer = preflight.tokenizer_of(prepared.config)
     data, _ = preflight.open_data(prepared.config, tokenizer, prepared.shape.labels)
     preflight.open_allocation_data(prepared.config, tokenizer, prepared.shape.labels)
@@ -92,6 +94,7 @@ def train(path: str | Path, overrides: Sequence[str], *, rehearsal: bool = False
     prepared = prepare(path, overrides, world_size=identity.world_size)
     config = prepared.config
     check_trackers(config)
+    check_answers(config)
     startup.mark("config and shapes")
     if rehearsal:
         rehearsal_config(config, world_size=identity.world_size)  # refuses what cannot be rehearsed

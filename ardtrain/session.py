@@ -34,6 +34,7 @@ from ardtrain.config.resuming import CHANGEABLE, ELSEWHERE
 from ardtrain.engines import AdamSettings, start_deepspeed
 from ardtrain.engines_filling import can_fill_slices, fill_whole
 from ardtrain.environment import ProcessIdentity, job_id
+from ardtrain.evaluating.answers import Answers
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import STATE_AFTER, StopCode, StopRequest, Watchdog, host_name, replace_file, write_status
 from ardtrain.fingerprint import INDEX, fingerprint, hub_weight_files
@@ -249,6 +250,19 @@ class Session(ABC):
                 config.early_stopping_threshold,
             ),
         )
+
+    def generates(self, module: nn.Module, trainer: Trainer, *, sharded: bool) -> None:
+        """Has the trainer's evaluations answer the held-out rows, where the config wants it. All must call this."""
+        if self.eval_data is not None and self.config.generated_metrics:
+            trainer.answers = Answers(
+                self.config,
+                self.tokenizer,
+                self.eval_data,
+                module,
+                world=self.world,
+                sharded=sharded,
+                between=trainer.between,
+            )
 
     def execute(self) -> None:
         """Trains, saves, exports. All processes must call this."""

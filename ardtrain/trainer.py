@@ -260,6 +260,7 @@ class Trainer:
     clock: Clock = field(default_factory=Clock)
     hooks: Hooks = field(default_factory=Hooks)
     loss_sum: LossSum = loss_sum
+    answers: Callable[[], Mapping[str, float]] | None = None  # metrics of generated answers; all processes call it
     grouped: bool = False  # adapters that share an input were looked for
 
     def __post_init__(self) -> None:
@@ -628,15 +629,17 @@ class Trainer:
         with self.clock.section("evaluate"):
             with torch.no_grad():
                 self._bind(self.state.step)
-                result = held_out_loss(
-                    self.backbone.module,
-                    self.eval_data,
-                    world=self.world,
-                    loss_sum=self.loss_sum,
-                    between=self.between,
-                )
+                result = self._held_out(self.eval_data)
             drop_views(self.adapters)
         return result
+
+    def _held_out(self, data: Grains) -> HeldOut:
+        """Loss, metrics and, where some are wanted, those of generated answers, of the model as it stands."""
+        module = self.backbone.module
+        result = held_out_loss(module, data, world=self.world, loss_sum=self.loss_sum, between=self.between)
+        if self.answers is None:
+            return result
+        return replace(result, others={**result.others, **self.answers()})
 
 
 def tensor_digest(values: Tensor) -> str:

@@ -6,7 +6,7 @@ back to an equal object. Every mistake is a `ConfigError`: one line each of sett
 """
 
 from ardtrain.config.data import DataBlock, SourceBlock
-from ardtrain.config.evaluation import EvaluationBlock, best_metric
+from ardtrain.config.evaluation import BY_ROW, GENERATED, OF_ALL, ROUGE, EvaluationBlock, best_metric
 from ardtrain.config.launcher import LauncherBlock
 from ardtrain.config.models import (
     METHODS,
@@ -41,7 +41,11 @@ from ardtrain.config.text import ConfigError, read_deepspeed_json
 __all__ = [
     "ALIASES",
     "BLOCKS",
+    "BY_ROW",
+    "GENERATED",
     "METHODS",
+    "OF_ALL",
+    "ROUGE",
     "AdapterSettings",
     "AloraBlock",
     "ArdLoraBlock",

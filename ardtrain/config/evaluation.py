@@ -1,4 +1,4 @@
-"""The block `evaluation`: how `ardtrain evaluate` makes its figures."""
+"""The block `evaluation`: how answers are generated and figures made; which metrics there are."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ LOGGED = {
 }
 
 
+# Metrics of generated answers: a score a row, or one of all rows.
+ROUGE = ("rouge1", "rouge2", "rougeL")
+BY_ROW = ("exact_match", *ROUGE, "vqa_accuracy", "cider")
+OF_ALL = ("bleu", "chrf")
+GENERATED = (*BY_ROW, *OF_ALL)
+_SHORT = {"mcc": "matthews_correlation", "em": "exact_match", "vqa": "vqa_accuracy"}
+
+
 def best_metric(name: str) -> str:
     """A metric's own name: without Hugging Face's eval_, and mcc in full."""
     plain = name.removeprefix("eval_")
-    return "matthews_correlation" if plain == "mcc" else plain
+    return _SHORT.get(plain, plain)
 
 
 class EvaluationBlock(Block):
-    """`ardtrain evaluate`: generation and intervals. What a run's own held-out metrics are made of is not here."""
+    """Generation (of `ardtrain evaluate`, and in training of eval_metrics) and intervals (of the former alone)."""
 
     max_new_tokens: int = Field(default=64, ge=1)
     """Tokens of an answer at most."""

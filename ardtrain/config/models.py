@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from ardtrain.config.block import Block, tuple_of
 from ardtrain.config.data import DataBlock
-from ardtrain.config.evaluation import LOGGED, EvaluationBlock, best_metric
+from ardtrain.config.evaluation import GENERATED, LOGGED, EvaluationBlock, best_metric
 from ardtrain.config.launcher import LauncherBlock
 
 Method = Literal["ard_lora", "elalora", "alora", "lora", "dora", "adalora", "probe_lora", "full"]
@@ -359,8 +359,11 @@ class RunConfig(Block):
     """Held-out loss before the first step: the base's own, since adapters start at zero."""
     eval_steps: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)
+    eval_metrics: Annotated[tuple[str, ...], BeforeValidator(tuple_of)] = ()
+    """Metrics of generated answers at each evaluation, such as exact_match, rougeL, bleu; they cost a generation."""
     metric_for_best_model: str = "loss"
-    """By which the file `best` names a checkpoint: a held-out metric as the run logs it, with or without eval_."""
+    """By which the file `best` names a checkpoint: a held-out metric as the run logs it, with or without eval_; one of
+    generated answers is made at each evaluation."""
     greater_is_better: bool | None = None
     """None: true, but for losses and perplexity."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
@@ -408,6 +411,12 @@ class RunConfig(Block):
         """G, the grains of one step; only after `with_batch`."""
         assert self.global_batch_size is not None, "with_batch has not run"
         return self.global_batch_size // self.per_device_train_batch_size
+
+    @property
+    def generated_metrics(self) -> tuple[str, ...]:
+        """Metrics that an evaluation in training generates answers for."""
+        wanted = (*map(best_metric, self.eval_metrics), best_metric(self.metric_for_best_model))
+        return tuple(dict.fromkeys(n for n in wanted if n in GENERATED and n not in LOGGED[self.task]))
 
     def _method_errors(self) -> list[str]:
         errors = []
@@ -548,7 +557,7 @@ class RunConfig(Block):
                 f"init_from={self.init_from} starts whole matrices and does not fit probe_lora.level=head; set it to "
                 "matrix"
             )
-        for name in ("eval_steps", "eval_on_start"):
+        for name in ("eval_steps", "eval_on_start", "eval_metrics"):
             if getattr(self, name) and not self.data.held_out_files:
                 errors.append(f"{name}={getattr(self, name)} has no rows; set data.eval_file")
         return [*errors, *self._best_errors()]
@@ -557,6 +566,14 @@ class RunConfig(Block):
         errors = []
         known, name = LOGGED[self.task], best_metric(self.metric_for_best_model)
         known += tuple(f"{source}_loss" for source in self.data.held_out_sources)
+        generated = () if self.task == "sequence_classification" else GENERATED
+        for asked in self.eval_metrics:
+            if best_metric(asked) not in generated:
+                errors.append(
+                    f"eval_metrics={asked} is no metric of generated answers to task={self.task}; "
+                    + (f"choose among {', '.join(generated)}" if generated else "remove it: classes need none")
+                )
+        known += generated
         if name not in known:
             errors.append(
                 f"metric_for_best_model={self.metric_for_best_model} is not logged by task={self.task}; choose among "

@@ -11,7 +11,7 @@ CHANGEABLE = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_steps", "num_train_epochs"),
     *("eval_steps", "eval_on_start", "max_eval_samples", "per_device_eval_batch_size", "logging_steps", "save_steps"),
     *("save_total_limit", "max_skipped_steps", "gradient_checkpointing", "attn_implementation", "check_every"),
-    *("loss_chunk_tokens", "activation_offload", "metric_for_best_model", "greater_is_better"),
+    *("loss_chunk_tokens", "activation_offload", "metric_for_best_model", "greater_is_better", "eval_metrics"),
     *("early_stopping_patience", "early_stopping_threshold"),
 )
 # Settings that say where and how, not what: a resume need not even tell them. (The data have a fingerprint.)

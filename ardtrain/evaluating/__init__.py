@@ -1,5 +1,1 @@
-"""`ardtrain evaluate`: figures of a run's checkpoint on held-out rows, on any number of processes."""
-
-from ardtrain.evaluating.command import evaluate
-
-__all__ = ["evaluate"]
+"""`ardtrain evaluate` (command.py), and the metrics of generated answers that a run makes too (answers.py)."""

@@ -8,16 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ardtrain import preflight
 from ardtrain.collectives import World
 from ardtrain.config import ConfigError, DataBlock, RunConfig, updated
-from ardtrain.data_rows import detect_format
 from ardtrain.data_sources import check_source
-from ardtrain.evaluating.generation import Decoding, end_tokens, generate_rows
+from ardtrain.evaluating.answers import answer_rows, answered_by, known_of, names_of, open_prompts, refuse_unanswerable
 from ardtrain.evaluating.held_out import evaluate_rows
 from ardtrain.evaluating.intervals import Bootstrap
 from ardtrain.evaluating.model import Evaluated, EvaluatedAdapters, EvaluatedFull
-from ardtrain.evaluating.references import Known, read_known
+from ardtrain.evaluating.references import Known
 from ardtrain.evaluating.report import Report
 from ardtrain.evaluating.request import (
     CONFIG_FILE,
@@ -30,7 +28,7 @@ from ardtrain.evaluating.request import (
     read_request,
 )
 from ardtrain.evaluating.tasks import TaskRequest, check_tasks, run_tasks
-from ardtrain.evaluating.text_metrics import GENERATED, Answered
+from ardtrain.evaluating.text_metrics import GENERATED
 from ardtrain.faults import write_status
 from ardtrain.preflight import Prepared, prepare_config, read_run_config
 from ardtrain.run import Process, first_steps, run_together
@@ -54,8 +52,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     if target.path is None:
         config = updated(config, {"model_name_or_path": str(target.run_dir / FULL_MODEL), "revision": None})
     prepared = prepare_config(config, world_size=identity.world_size)
-    if set(metrics) & set(GENERATED) and config.task == "causal_lm":
-        refuse_unanswerable(config)
+    if set(metrics) & set(GENERATED):
+        refuse_unanswerable(config, setting="--metrics")
     out = Path(request.out) if request.out else target.run_dir / OUT_FOLDER / target.name
 
     def body(process: Process, around: Surroundings) -> None:
@@ -111,22 +109,6 @@ def with_finished_model(target: Target, config: RunConfig) -> Target:
     return target
 
 
-def refuse_unanswerable(config: RunConfig) -> None:
-    """ConfigError where the held-out rows have no prompts."""
-    for settings in preflight.held_out_settings(config):
-        try:
-            format_ = detect_format(settings) if settings.format == "auto" else settings.format
-        except ValueError as error:
-            raise ConfigError(str(error).splitlines()) from error
-        if format_ == "text":
-            raise ConfigError(
-                [
-                    f"--metrics: generated text needs rows with prompts, and those of {settings.train_files[0]} are "
-                    "plain text; give completions or chats, or choose loss, perplexity"
-                ]
-            )
-
-
 def open_model(prepared: Prepared, around: Surroundings, target: Target) -> Evaluated:
     """The checkpoint's model. All processes must call this."""
     if prepared.config.method == "full":
@@ -158,9 +140,9 @@ class Evaluation:
         self.data = model.eval_data
         self.tasks, self.manager = tasks, manager
         self.generates = bool(set(metrics) & set(GENERATED))
-        if self.generates and config.packing:  # prompts are answered one by one
-            self.data = preflight.open_held_out(config, model.tokenizer, packing=False)
-        self.ids = [name for grain in self.data.grains() for name in self.data.sample_ids(grain)]
+        if self.generates:
+            self.data = open_prompts(config, model.tokenizer, self.data)
+        self.ids = names_of(self.data)
 
     def execute(self, out: Path, target: Target) -> None:
         """All processes must call this; process 0 writes."""
@@ -183,18 +165,9 @@ class Evaluation:
 
     def _known(self) -> Known | None:
         """References and groups, on process 0; read before anything is computed. All processes must call this."""
-        known, problem = None, ""
-        if self.world.is_main and (self.generates or self.block.group_field is not None):
-            images = preflight.image_reader(self.config, self.model.tokenizer)
-            settings = preflight.held_out_settings(self.config, images=None if images is None else images.settings)
-            try:
-                known = read_known(settings, self.ids, self.block)
-            except ValueError as error:
-                problem = str(error)
-        problem = self.world.broadcast_text(problem)
-        if problem:
-            raise ConfigError([problem])
-        return known
+        if not self.generates and self.block.group_field is None:
+            return None
+        return known_of(self.config, self.model.tokenizer, self.ids, world=self.world)
 
     def _held_out(self, report: Report, known: Known | None) -> None:
         model = self.model
@@ -211,18 +184,19 @@ class Evaluation:
             report.held_out(held_out, rows, wanted, None if known is None else known.groups)
 
     def _generated(self, report: Report, known: Known | None) -> None:
-        model, module = self.model, self.model.module
-        decoding = Decoding(
-            self.block,
-            self.config.seed,
-            end_tokens(module, model.tokenizer.eos_token_id, preflight.model_source(self.config)),
-            self.data.pad_token_id,
-        )
+        model = self.model
         sharded = model.prepared.plan.backbone_stage == 3
-        tokens = generate_rows(module, self.data, decoding, world=self.world, sharded=sharded, between=self.between)
+        tokens = answer_rows(
+            model.module,
+            self.data,
+            self.config,
+            model.tokenizer,
+            world=self.world,
+            sharded=sharded,
+            between=self.between,
+        )
         if known is not None:
-            texts = [str(text) for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-            answered = Answered(texts, known.references, known.groups)
+            answered = answered_by(tokens, known, model.tokenizer)
             wanted = [name for name in self.metrics if name in GENERATED]
             report.generated(answered, wanted, list(map(len, tokens)), self.ids)
 

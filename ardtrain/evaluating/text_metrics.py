@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ardtrain.config import ConfigError
+from ardtrain.config import BY_ROW, GENERATED, OF_ALL, ROUGE, ConfigError
 from ardtrain.evaluating.intervals import Bootstrap, Figure, Floats
 from ardtrain.evaluating.vqa import vqa_accuracy
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
-BY_ROW = ("exact_match", *ROUGE, "vqa_accuracy", "cider")
-OF_ALL = ("bleu", "chrf")
-GENERATED = (*BY_ROW, *OF_ALL)
+__all__ = ["BY_ROW", "GENERATED", "OF_ALL", "ROUGE", "Answered", "check_packages", "metric_value", "row_scores"]
+_ONCE = Bootstrap(samples=0, confidence=0.95, seed=0)  # no interval
 # Metric -> what it is computed by, and how to install it.
 _NEEDS = {
     **dict.fromkeys(OF_ALL, ("sacrebleu", "ardtrain[eval]")),
@@ -39,15 +37,22 @@ class Answered:
     groups: Sequence[str | None]
 
 
-def check_packages(metrics: Sequence[str]) -> None:
+def check_packages(metrics: Sequence[str], *, setting: str = "--metrics") -> None:
     """ConfigError for a metric whose package is not installed."""
     errors = []
     for name in metrics:
         package, extra = _NEEDS.get(name, ("", ""))
         if package and importlib.util.find_spec(package) is None:
-            errors.append(f"--metrics: {name} needs the package {package}; pip install '{extra}'")
+            errors.append(f"{setting}: {name} needs the package {package}; pip install '{extra}'")
     if errors:
         raise ConfigError(errors)
+
+
+def metric_value(name: str, answered: Answered) -> float:
+    """One of GENERATED, without an interval."""
+    if name in OF_ALL:
+        return figure_of_all(name, answered, _ONCE).value
+    return _ONCE.mean(row_scores(name, answered)).value
 
 
 def row_scores(name: str, answered: Answered) -> Floats:

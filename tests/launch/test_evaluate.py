@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.launch.test_full_worlds import classifier_run
-from tests.runs import lines, write_run
+from tests.runs import fingerprint, lines, write_run
 from tests.tiny_paligemma import save_tiny_paligemma, write_rows
 
 pytestmark = pytest.mark.launch
@@ -16,6 +16,12 @@ SHORT = {"max_steps": 8, "eval_steps": 4, "save_steps": 4, "elalora": None}
 ARD = {"init_warmup": 1, "final_warmup": 2, "resize_interval": 2, "alpha_interval": 1}
 
 
+SPEAKS = {
+    "evaluation": {"max_new_tokens": 10, "do_sample": True},
+    "eval_metrics": ["em", "rougeL", "bleu"],
+    "metric_for_best_model": "chrf",
+}
+SPOKEN = ("exact_match", "rougeL", "bleu", "chrf")
 BEAMS = (
     "evaluation.max_new_tokens=8",
     "evaluation.num_beams=3",
@@ -54,15 +60,19 @@ def done(folder):
         whole = ["evaluate", str(folder / target), *out, "evaluation.bootstrap_samples=50", *arguments]
         starts[name] = {"arguments": whole, "world_size": world_size}
 
-    gates = write_run(folder, "gates", method="ard_lora", ard_lora=ARD, packing=True, **SHORT)
+    gates = write_run(folder, "gates", method="ard_lora", ard_lora=ARD, packing=True, **SHORT, **SPEAKS)
     # So many tokens end an answer that processes end theirs at different places.
     model = folder / "model" / "config.json"
     model.write_text(json.dumps(json.loads(model.read_text()) | {"eos_token_id": [2, *range(30, 60)]}))
     train(gates)
+    pair = write_run(
+        folder, "pair", method="ard_lora", ard_lora=ARD, packing=True, deepspeed="zero3", **SHORT, **SPEAKS
+    )
+    starts["pair"] = {"config": str(pair), "world_size": 2}
     evaluate("gates-middle", "gates/checkpoint-4", 1)
     evaluate("gates-one", "gates", 1)
     evaluate("gates-two", "gates", 2, "deepspeed=zero3_offload")
-    spoken = ("--metrics", "loss,em,rouge,bleu,chrf", "evaluation.max_new_tokens=10", "evaluation.do_sample=true")
+    spoken = ("--metrics", "loss,em,rouge,bleu,chrf")
     evaluate("said-one", "gates", 1, *spoken)
     evaluate("said-two", "gates", 2, *spoken, "deepspeed=zero3_offload")
     still = {"learning_rate": "1e-9", "early_stopping_patience": 2, "early_stopping_threshold": 0.5}
@@ -116,9 +126,19 @@ def test_figures_are_those_that_training_logged_at_the_checkpoint(folder, done, 
     found = figures(folder, name)
     step = step or int((folder / run / "best").read_text().strip().rpartition("-")[2])
     assert found["step"] == step
-    own = logged(folder, run, step)
+    own = {name: value for name, value in logged(folder, run, step).items() if name not in SPOKEN}
     assert {key: found["held_out"][key] for key in own} == own
     assert {key: figure["value"] for key, figure in found["metrics"].items()} == {key: own[key] for key in own}
+
+
+def test_generated_metrics_in_training_are_those_of_evaluate_on_any_number_of_processes(folder, done):
+    at = {name: {step: logged(folder, name, step) for step in (4, 8)} for name in ("gates", "pair")}
+    assert at["gates"] == at["pair"] and fingerprint(folder / "gates") == fingerprint(folder / "pair")
+    told = figures(folder, "said-one")["metrics"]
+    assert {name: at["gates"][8][name] for name in SPOKEN} == {name: told[name]["value"] for name in SPOKEN}
+    assert at["gates"][8]["chrf"] > 0 and at["gates"][4]["chrf"] != at["gates"][8]["chrf"]
+    best = max((4, 8), key=lambda step: at["gates"][step]["chrf"])
+    assert (folder / "gates" / "best").read_text().strip() == f"checkpoint-{best}"
 
 
 def test_ranks_moved_and_gates_were_open_in_part(folder, done):

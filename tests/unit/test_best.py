@@ -112,6 +112,15 @@ def test_without_patience_the_loop_goes_to_its_last_step(world):
             {"early_stopping_patience": 2, "eval_steps": None},
             "early_stopping_patience=2 waits for evaluations; set eval",
         ),
+        (
+            {"eval_metrics": ["rougue1"]},
+            "eval_metrics=rougue1 is no metric of generated answers to task=causal_lm; choose",
+        ),
+        ({"eval_metrics": "bleu", "data": {"train_file": "a"}, "eval_steps": None}, "eval_metrics=.* has no rows; set"),
+        (
+            {"eval_metrics": "bleu", "task": "sequence_classification"},
+            "eval_metrics=bleu is no metric of generated answers to task=sequence_classification; remove it",
+        ),
         ({"early_stopping_threshold": 0.1}, "early_stopping_threshold=0.1 has no effect; set early_stopping_patience"),
     ],
 )
@@ -123,5 +132,9 @@ def test_settings_that_cannot_work_say_why(tmp_path, settings, said):
 def test_direction_follows_the_metric_unless_it_is_set(tmp_path):
     config = load_config(write_run(tmp_path, metric_for_best_model="eval_perplexity"))
     assert best_metric(config.metric_for_best_model) == "perplexity" and not is_greater_better(config)
+    assert config.generated_metrics == ()
+    spoken = config.model_copy(update={"metric_for_best_model": "eval_em", "eval_metrics": ("rougeL", "vqa")})
+    assert spoken.generated_metrics == ("rougeL", "vqa_accuracy", "exact_match") and is_greater_better(spoken)
+    assert spoken.model_copy(update={"task": "image_text_to_text"}).generated_metrics == ("rougeL", "vqa_accuracy")
     assert is_greater_better(config.model_copy(update={"metric_for_best_model": "mcc"}))
     assert is_greater_better(config.model_copy(update={"greater_is_better": True}))
