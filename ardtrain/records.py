@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +29,17 @@ LOG_SCORES_SITES = 2000  # `log_scores` is on by default below this many sites
 class Records:
     """Turns the loop's results into lines. Every process has one; `RunLog` writes on process 0 only."""
 
-    def __init__(self, run_dir: Path, log: RunLog, trainer: Trainer, config: RunConfig) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        log: RunLog,
+        trainer: Trainer,
+        config: RunConfig,
+        *,
+        utilisation: Callable[[float], float] | None = None,
+    ) -> None:
+        """utilisation: makes the share of the GPUs' peak of tokens per second; None: it is not known."""
+        self._utilisation = utilisation
         self._run_dir, self._log, self._trainer, self._config = run_dir, log, trainer, config
 
     def start(self, table: RankTable) -> None:
@@ -54,7 +64,10 @@ class Records:
             shares = {f"{name}_fraction": clock.fraction(name) for name in ("allocator", "resize")}
             host, device = peaks(self._trainer.world.device)  # of process 0
             memory = {"host_memory_peak_bytes": host} | ({"device_memory_peak_bytes": device} if device else {})
-            self._log.metrics(done, _numbers(result) | clock.report() | shares | memory)
+            times = clock.report()
+            if self._utilisation is not None:
+                times["mfu_4n"] = self._utilisation(times["tokens_per_second"])
+            self._log.metrics(done, _numbers(result) | times | shares | memory)
 
     def evaluation(self, step: int, held_out: HeldOut) -> None:
         """Records a held-out loss and says it."""

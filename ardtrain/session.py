@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from ardtrain.records import Records
 from ardtrain.run_info import write_run_info
 from ardtrain.trackers import Trackers
 from ardtrain.trainer import Hooks, LoopSettings, LoopState, StepResult, Trainer
+from ardtrain.utilisation import utilisation
 
 SIGNAL_FLAG = 1 << 20  # stop requests travel as a sum: STOP file 1, a signal SIGNAL_FLAG, over all processes
 STARTED = time.monotonic()  # of this process, near enough: max_hours counts from here
@@ -275,7 +276,8 @@ class Session(ABC):
             resumed=self.resumed is not None,
             trackers=lambda: Trackers(self.config, self.run_dir, first_step=trainer.state.step),
         ) as self.log:
-            self.records = Records(self.run_dir, self.log, trainer, self.config)
+            known = self._utilisation(trainer)
+            self.records = Records(self.run_dir, self.log, trainer, self.config, utilisation=known)
             self.announce()
             trainer.hooks = Hooks(
                 on_step=self._on_step,
@@ -290,6 +292,14 @@ class Session(ABC):
             if code is StopCode.NONE and self.world.is_main:
                 self.records.drawn(self.data.drawn(trainer.state.step))
             self.end(code)
+
+    def _utilisation(self, trainer: Trainer) -> Callable[[float], float] | None:
+        """Of a frozen base on GPUs whose speed is known."""
+        device = self.world.device
+        if device.type != "cuda" or self.config.method == "full":
+            return None
+        gpu, module = torch.cuda.get_device_name(device), trainer.backbone.module
+        return utilisation(module, gpu=gpu, world_size=self.world.world_size)
 
     def announce(self) -> None:
         """What a run begins with, on the console."""

@@ -143,6 +143,25 @@ def find_gpu(name: str) -> Gpu:
     raise ConfigError([f"--gpu {name} is unknown; {hint}write one of {', '.join(GPUS)}"])
 
 
+# Words of a device's name by CUDA -> the card; the first that all stand in the name.
+_DEVICES = (
+    (("H100", "PCIe"), "h100-pcie"),
+    (("H100", "NVL"), None),  # another card
+    (("H100",), "h100"),
+    (("H200",), "h200"),
+    (("A100", "80GB"), "a100-80"),
+    (("A100", "40GB"), "a100-40"),
+    (("L40S",), "l40s"),
+    (("B200",), "b200"),
+)
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The card that CUDA calls so (`NVIDIA H100 80GB HBM3`); None for one that is not in the table."""
+    found = next((card for words, card in _DEVICES if all(word in name for word in words)), None)
+    return None if found is None or "GB200" in name else GPUS[found]
+
+
 def machine_of(gpu: str, *, gpus: int | None, nodes: int | None, host_gib: float | None = None) -> Machine:
     """A machine by the command line's numbers; gpus: of all nodes together, default one node's.
 

@@ -14,6 +14,7 @@ from ardtrain.planning.gathering import Gathered
 from ardtrain.planning.hardware import Machine, constant
 from ardtrain.planning.memory import FP32, INT64, Memory, Placement
 from ardtrain.planning.shapes import Shapes
+from ardtrain.utilisation import mfu_4n
 
 TRAFFIC = ("gathers", "host to device", "NVMe to host", "activations to the host and back")
 ABLATION_SHARE = 0.51  # of 2R + 1 whole forwards' operations: benchmarks/results/ab_lora_stories260k.json
@@ -32,7 +33,7 @@ class Seconds:
     save: float
     run: Mapping[str, float] | None
     tokens: int  # of a step
-    flops_4n: float  # of a step: 4 N for each token
+    matmul_numbers: int  # N
     world_size: int
     peak_flops: float
 
@@ -50,7 +51,7 @@ class Seconds:
 
     def mfu(self, seconds: float) -> float:
         """Share of the datasheet's FLOP/s by 4 N, attention and recomputation not counted."""
-        return self.flops_4n / seconds / self.world_size / self.peak_flops
+        return mfu_4n(self.matmul_numbers, self.tokens_per_second(seconds), self.peak_flops)
 
 
 def grain_flops(shapes: Shapes, *, rows: int, length: int) -> dict[str, float]:
@@ -102,8 +103,7 @@ def seconds(shapes: Shapes, machine: Machine, place: Placement, memory: Memory, 
     save = constant("save_seconds") * n / constant("save_numbers")
     forward = (2.0 * shapes.matmul_numbers * length) / speed / world  # of a row, over all processes
     run = _run(shapes, sum(step.values()), resize=resize, save=save, row=forward)
-    flops_4n = 4.0 * shapes.matmul_numbers * tokens
-    return Seconds(step, overlapped, resize, save, run, tokens, flops_4n, world, gpu.flops)
+    return Seconds(step, overlapped, resize, save, run, tokens, shapes.matmul_numbers, world, gpu.flops)
 
 
 def _base_traffic(shapes: Shapes, machine: Machine, place: Placement, gathered: Gathered) -> dict[str, float]:

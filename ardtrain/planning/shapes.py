@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from ardtrain import preflight
 from ardtrain.adapters import (
     AdapterLinear,
-    DenseLinear,
     DenseModule,
     DoraLinear,
     attach,
@@ -32,6 +31,7 @@ from ardtrain.methods.base import Method
 from ardtrain.planning.tracing import META, Bytes, Kinds, layer_stacks, trace
 from ardtrain.quantized import QuantizedLinear, packing_of, unshared
 from ardtrain.token_rows import TokenRows, embedding_path
+from ardtrain.utilisation import matmul_numbers
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,8 @@ class Shapes:
 
     @cached_property
     def matmul_numbers(self) -> int:
-        """Frozen numbers that multiply each token: weights of linears, a tied output embedding among them."""
-        kinds = nn.Linear | QuantizedLinear | AdapterLinear | DenseLinear
-        linears = [m for m in self.model.modules() if isinstance(m, kinds)]
-        return sum(m.in_features * m.out_features for m in linears)
+        """See utilisation.matmul_numbers."""
+        return matmul_numbers(self.model)
 
     @cached_property
     def quantized_numbers(self) -> int:

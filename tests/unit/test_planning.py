@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +16,19 @@ from ardtrain.cli import main
 from ardtrain.config import ConfigError, RunConfig, with_batch
 from ardtrain.deepspeed_config import split_deepspeed
 from ardtrain.gather_sizes import WeightSizes
+from ardtrain.observe import RunLog
 from ardtrain.planning.advice import suggestions
 from ardtrain.planning.gathering import GatherSettings, play
-from ardtrain.planning.hardware import CONSTANTS, GPUS, Machine, constant, find_gpu, machine_of
+from ardtrain.planning.hardware import CONSTANTS, GPUS, Machine, constant, find_gpu, gpu_of_device, machine_of
 from ardtrain.planning.memory import power_of_two
 from ardtrain.planning.plan import make_plan, to_json
 from ardtrain.planning.seconds import grain_flops
 from ardtrain.planning.shapes import Unit, read_shapes
 from ardtrain.planning.text import render
+from ardtrain.records import Records
+from ardtrain.trainer import StepResult
+from ardtrain.utilisation import utilisation
+from tests.runs import lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 H100, CPU = GPUS["h100"], GPUS["cpu"]
@@ -257,6 +263,34 @@ def test_throughput_and_mfu_agree(folder):
     assert s.overlapped_step <= s.step_seconds
     rate = 4 * (LAYERS * LAYER + VOCAB * HIDDEN) * s.tokens_per_second(2.0)
     assert s.mfu(2.0) == pytest.approx(rate / 989e12)
+
+
+def test_a_run_logs_utilisation_by_the_plans_formula(folder, tmp_path):
+    plan = planned(folder, Machine(H100, 1, 2), bf16=True, deepspeed=zero3())
+    s = plan.seconds
+    known = utilisation(plan.shapes.model, gpu="NVIDIA H100 80GB HBM3", world_size=2)
+    assert known(2 * s.tokens_per_second(2.0)) == s.mfu(2.0)
+    assert utilisation(plan.shapes.model, gpu="NVIDIA GeForce RTX 4090", world_size=2) is None
+    names = {
+        "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80",
+        "NVIDIA L40S": "l40s", "NVIDIA A100-PCIE-40GB": "a100-40", "NVIDIA B200": "b200",
+    }  # fmt: skip
+    assert {name: gpu_of_device(name).name for name in names} == names
+    assert gpu_of_device("NVIDIA H100 NVL") is gpu_of_device("NVIDIA GB200") is gpu_of_device("AMD MI300X") is None
+    clock = SimpleNamespace(
+        report=lambda: {"tokens_per_second": 100.0}, fraction=lambda name: 0.0, count_tokens=lambda count: None
+    )
+    trainer = SimpleNamespace(
+        clock=clock,
+        arena=None,
+        settings=SimpleNamespace(total_steps=1),
+        world=SimpleNamespace(device=torch.device("cpu")),
+    )
+    with RunLog(tmp_path, is_main=True, num_steps=1, show_bar=False) as log:
+        records = Records(tmp_path, log, trainer, SimpleNamespace(logging_steps=1), utilisation=known)
+        records.step(StepResult(0, 1.0, 0.0, 1.0, 0.1, 8, 8, False))
+    (line,) = lines(tmp_path / "metrics.jsonl")
+    assert line["mfu_4n"] == known(100.0) and line["tokens_per_second"] == 100.0
 
 
 def test_what_does_not_fit_is_told_what_to_change(folder):
