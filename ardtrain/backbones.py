@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ardtrain.adapters import linear_modules, make_sites, select_modules
 from ardtrain.arena import ArenaLayout
@@ -235,6 +236,20 @@ def enable_checkpointing(model: PreTrainedModel, *, offload: bool, device: torch
         if getattr(module, "gradient_checkpointing", False):
             checkpoint = module._gradient_checkpointing_func
             module._gradient_checkpointing_func = partial(_on_host, checkpoint, pinned=device.type != "cpu")
+
+
+def gathered_whole(model: nn.Module) -> list[nn.Module]:
+    """The modules that ZeRO-3 gathers and releases as one: decoder layers, and what else transformers never splits.
+
+    Under activation checkpointing those that checkpoint within their `forward` alone: one pair of ZeRO-3's hooks stands
+    around both runs of it, and the weights are gathered once for the second run and the backward. A layer that its
+    model checkpoints from outside would run its hooks again, and they release the weights before the backward.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return [module for module in found if isinstance(module, GradientCheckpointingLayer)]
+    return found
 
 
 def _on_host(checkpoint: Callable[..., Any], *args: Any, pinned: bool, **kwargs: Any) -> Any:

@@ -38,6 +38,7 @@ from deepspeed.utils import (
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
+from ardtrain.backbones import gathered_whole
 from ardtrain.engines_filling import fill
 from ardtrain.full_shards import MASTER, MOMENTS, Shards, read_shards
 from ardtrain.loading import Weights
@@ -159,13 +160,11 @@ class BackboneEngine:
 def _gather_layers_whole(model: nn.Module) -> None:
     """Lets ZeRO-3 gather and release a decoder layer as one: one pair of hooks a layer instead of one a module.
 
-    Not under activation checkpointing: there the layer's weights would be released after the recomputation, before the
-    backward that needs them, and per-module hooks gather them again. The modules inside get the input nodes that
-    ZeRO-3's hooks would have given them, so all three ways give the same bits.
+    The modules inside get the input nodes that ZeRO-3's hooks would have given them, so all three ways give the same
+    bits.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [m for m in model.modules() if type(m).__name__ in names]
-    if not layers or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    layers = gathered_whole(model)
+    if not layers:
         return
     set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
     for layer in layers:

@@ -29,7 +29,7 @@ RULES: Mapping[str, Rule] = {
     "stage3_max_live_parameters": lambda s, w: (
         2 * s.layer + s.largest, "two layers and the largest weight"),
     "stage3_max_reuse_distance": lambda s, w: (
-        min(2 * s.layer, 2 * MOST_AHEAD), "a layer that is computed again stays for its backward"),
+        min(2 * s.layer, 2 * MOST_AHEAD), "the last layers stay for their backward"),
     "stage3_param_persistence_threshold": lambda s, w: (
         s.vector, "norms and biases stay whole, matrices are sharded"),
     "offload_param.pin_memory": lambda s, w: (True, "copies to a GPU run beside its products"),

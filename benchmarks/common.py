@@ -24,6 +24,7 @@ from ardtrain.engines import start_deepspeed
 
 SHAPES = {
     # hidden, layers, heads, kv heads, mlp, vocabulary
+    "64x32": (64, 32, 4, 2, 176, 512),  # many small layers
     "256x8": (256, 8, 8, 4, 688, 2048),
     "768x4": (768, 4, 12, 4, 2304, 16000),
     "60m": (512, 12, 8, 8, 1408, 32000),

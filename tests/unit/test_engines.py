@@ -1,14 +1,19 @@
 import logging
 import os
 import time
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import z3_leaf_module
 
 from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import enable_checkpointing, find_sites
+from ardtrain.backbones import enable_checkpointing, find_sites, gathered_whole
 from ardtrain.engines import (
     AdamSettings,
     AdapterEngine,
@@ -357,13 +362,47 @@ def test_cpu_adam_follows_torchs_adamw(world):
     torch.testing.assert_close(weights["cpu_adam"], weights["torch"], rtol=1e-5, atol=1e-6)
 
 
-def test_layers_are_gathered_whole_unless_checkpointed():
-    from deepspeed.utils import z3_leaf_module
+GATHER = "_PartitionedParameterCoordinator__all_gather_params"
 
-    for checkpointed in (False, True):
-        model = tiny_llama()
-        if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        engine = BackboneEngine(model, stage=3, config=backbone_config(stage=3), device=CPU)
-        assert [z3_leaf_module(layer) for layer in model.model.layers] == [not checkpointed] * 2
-        engine.destroy()
+
+def gathers(checkpointing, **zero):
+    """(which layers are leaves of ZeRO-3, how often the weights of the first were gathered in one grain)."""
+    counts, gather = Counter(), getattr(PartitionedParameterCoordinator, GATHER)
+
+    def counted(self, parameters, forward):
+        counts.update(p.ds_id for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+        return gather(self, parameters, forward)
+
+    with mock.patch.object(PartitionedParameterCoordinator, GATHER, counted):
+        engine, *_ = backbone(3, torch.float32, checkpointing=checkpointing, **zero)
+    layers = engine.module.model.layers
+    out = [z3_leaf_module(layer) for layer in layers], {counts[p.ds_id] for p in layers[0].parameters()}
+    engine.destroy()
+    return out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_is_gathered_whole_once_for_its_forward_and_once_for_its_backward(checkpointing):
+    """Also where the layer runs again before its backward: the hooks stand around both runs."""
+    leaves, times = gathers(checkpointing, stage3_max_reuse_distance=0)
+    assert leaves == [True, True]
+    assert times == {2}
+
+
+class CheckpointedFromOutside(torch.nn.Module):
+    """A model that checkpoints its layers itself, by their `__call__`."""
+
+    _no_split_modules = ("Linear",)
+    gradient_checkpointing = True
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+
+
+def test_layers_that_their_model_checkpoints_from_outside_are_gathered_by_module():
+    model = CheckpointedFromOutside()
+    assert gathered_whole(model) == []
+    model.gradient_checkpointing = False
+    assert gathered_whole(model) == list(model.layers)
+    assert gathered_whole(tiny_llama().get_output_embeddings()) == []  # says of nothing that it is never split
