@@ -235,7 +235,10 @@ class LiveArena:
     def _bind(self, age: Tensor, state: dict[str, Tensor]) -> None:
         self.age, self.state = age, state
         whole = self.shard if self.world.world_size == 1 else Shard(self.layout, 0, 1)
-        self.method.bind(Binding(self.table, self.shard, age, state, whole))
+        self.method.bind(Binding(self.table, self.shard, age, state, whole, self._rows))
+
+    def _rows(self, index: int) -> dict[str, Tensor]:
+        return self.layout.site_rows(self.engine.weights, index)
 
     def _gather(self, name: str) -> Tensor:
         """[N] one of the method's per-entry arrays, gathered. All processes must call this."""

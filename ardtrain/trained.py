@@ -155,7 +155,10 @@ def _binding(snapshot: Snapshot, layout: ArenaLayout) -> Binding:
     """What a method sees of a snapshot on one process."""
     shard = Shard(layout, 0, 1)
     state = {name: shard.take(values) for name, values in snapshot.entries.items()}
-    return Binding(snapshot.table, shard, snapshot.age, state | snapshot.components | snapshot.sites, whole=shard)
+    own = state | snapshot.components | snapshot.sites
+    return Binding(
+        snapshot.table, shard, snapshot.age, own, shard, lambda index: layout.site_rows(snapshot.full.master, index)
+    )
 
 
 # ---- the model ----

@@ -18,19 +18,10 @@ from ardtrain import schedule
 from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, bind_probes, drop_views, group_adapters
 from ardtrain.arena import ArenaLayout
 from ardtrain.best import Judge
-from ardtrain.collectives import (
-    HEADROOM_BITS,
-    LIMIT_BITS,
-    START_EXPONENT,
-    ExactSum,
-    StepSum,
-    World,
-    deal,
-    next_exponent,
-)
+from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
 from ardtrain.data import Batch
 from ardtrain.evaluation import Grains, HeldOut, LossSum, held_out_loss, loss_sum
-from ardtrain.methods.base import Method, ProbeSums, Statistics
+from ardtrain.methods.base import Method, Statistics
 from ardtrain.observe import Clock
 from ardtrain.ranks import named_seed
 from ardtrain.resize import LiveArena, ResizeRecord
@@ -214,32 +205,22 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Heard:
-    """What a step's probes add to its exact sum: their gradient and, behind it, its square; nothing without probes.
+    """What a step's probes add to its exact sum: their gradient; nothing without probes.
 
-    leaves: the probes' zero part [P], or none. observe: takes the sums.
+    leaves: the probes' zero part [P], or none. observe: takes the sum and the number of grains.
     """
 
     leaves: Sequence[Tensor] = ()
-    observe: Callable[[ProbeSums], None] = lambda sums: None
+    observe: Callable[[Tensor, int], None] = lambda sums, num_grains: None
 
     @property
     def size(self) -> int:
-        return 2 * sum(leaf.numel() for leaf in self.leaves)
-
-    def squared(self, gradient: Tensor, exponent: int) -> list[Tensor]:
-        """[P] twice: a grain's gradient and its square, of which the largest is of the order of the gradient's."""
-        return [gradient, gradient.square() * self._unit(exponent)]
+        return sum(leaf.numel() for leaf in self.leaves)
 
     def tell(self, total: StepSum) -> None:
-        """Hands the sums over."""
-        if not self.leaves:
-            return
-        first, second = total.gradient[-self.size :].chunk(2)
-        self.observe(ProbeSums(first, second / self._unit(total.exponent), len(total.losses)))
-
-    def _unit(self, exponent: int) -> float:
-        """A power of two: fixed point of 2^-e holds gradients to about 2^(53 - e), and so their squares by this."""
-        return 2.0 ** (exponent - LIMIT_BITS + 1 + HEADROOM_BITS)
+        """Hands the sum over."""
+        if self.leaves:
+            self.observe(total.gradient[-self.size :], len(total.losses))
 
 
 @dataclass
@@ -441,7 +422,7 @@ class Trainer:
                 batch = self.data.collate(grains[index])
                 loss, pieces = self._grain(step, index, batch, [*leaves, *heard.leaves])
                 if heard.leaves:
-                    pieces += heard.squared(pieces.pop() / self.state.loss_scale, self.state.exponent)
+                    pieces[-1] = pieces[-1] / self.state.loss_scale
                 if counted:
                     counts = {"tokens": batch.num_target_tokens, "processed": batch.num_tokens}
                     with part("sum"):
@@ -488,7 +469,7 @@ class Trainer:
             leaf=leaf,
             fixed=probes.fixed.to(device),
         )
-        return Heard([leaf], lambda sums: rounds.observe(index, event, sums))
+        return Heard([leaf], lambda sums, grains: rounds.observe(index, event, sums, grains))
 
     def _probe(self, step: int) -> None:
         """Rounds of probes that do not ride along: grains of the last steps once more, with the weights as they are."""

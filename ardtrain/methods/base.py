@@ -7,7 +7,7 @@ processes by whole components, saves and loads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -53,13 +53,17 @@ class ShardView(Protocol):
     def rows(self, local: Tensor) -> Iterator[tuple[str, slice, Tensor]]: ...
 
 
+def _no_rows(index: int) -> Mapping[str, Tensor]:
+    return {}
+
+
 @dataclass
 class Binding:
     """What the loop hands a method after each build (start, resize, resume).
 
     age: [R] int64, optimizer steps since each component's birth, the same on every process; kept by the loop.
     state: name -> tensor as declared by `state_tensors`, written in place by the method. whole: all components, cut
-    like a shard.
+    like a shard. rows: index of a site -> part -> [r, columns], its components' weights as they are when asked.
     """
 
     table: RankTable
@@ -67,6 +71,7 @@ class Binding:
     age: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
     whole: ShardView | None = None
+    rows: Callable[[int], Mapping[str, Tensor]] = _no_rows
 
 
 @dataclass(frozen=True)
@@ -97,18 +102,6 @@ class Probes:
     fixed: Tensor
 
 
-@dataclass(frozen=True)
-class ProbeSums:
-    """Exact sums over a round's grains: first of the probes' gradients of the grain's loss sum, second of its squares.
-
-    Both [P] float32.
-    """
-
-    first: Tensor
-    second: Tensor
-    num_grains: int
-
-
 class ProbeRounds(Protocol):
     """Probes of a method: rounds 0, 1, ... before each of its events, each over the grains of one step.
 
@@ -129,7 +122,9 @@ class ProbeRounds(Protocol):
         """A round's probes, a function of the run's seed, the event's step and what was seen."""
         ...
 
-    def observe(self, index: int, event: int, sums: ProbeSums) -> None: ...
+    def observe(self, index: int, event: int, sums: Tensor, num_grains: int) -> None:
+        """sums: [P] float32, the exact sum over a round's grains of the gradient of each grain's loss sum."""
+        ...
 
 
 class Method(Protocol):

@@ -205,7 +205,7 @@ def exchange(
             room -= int(price[index])
     if not grown:
         return None
-    numbers = {"lowest_born": lowest, "t2_highest": float(found.t2.max()), "t2_median": float(np.median(found.t2))}
+    numbers = {"lowest_born": lowest, "highest_candidate": float(found.scores.max())}
     if leaving:
         numbers["highest_pruned"] = float(np.asarray(scores, np.float64)[leaving[-1]])
     return prune_and_grow(

@@ -174,12 +174,12 @@ def _arena(shapes: Shapes, world: int, place: Placement, host: Causes) -> tuple[
         host["offloaded gradients"] = FP32 * (numbers + shard)
     host["snapshot for a save"] = (3 + shapes.entry_states) * FP32 * numbers
     rounds = None if shapes.method is None else shapes.method.probes
-    heard = 0  # a round's gradient and its square
+    heard = 0  # a round's gradient
     if rounds is not None:
         up, down = rounds.numbers
-        heard = 2 * max(up, down)
+        heard = max(up, down)
         held |= {"probes": FP32 * (up + down), "exact sum (int64)": INT64 * (numbers + heard)}
-        host["sums of probes"] = FP64 * (2 * up + down)
+        host["sums of probes"] = FP64 * (up + 3 * down)
         host["snapshot for a save"] += host["sums of probes"]
     chunk = min(numbers, CHUNK)
     gradient = {
