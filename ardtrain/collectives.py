@@ -168,6 +168,13 @@ class World:
             "hardware, mixed versions or a defect; nothing was changed by this step"
         )
 
+    def gather_texts(self, text: str) -> list[str]:
+        """Every process's text, in their order, on every process. All processes must call this."""
+        texts = [text] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(texts, text)
+        return texts
+
     def broadcast_text(self, text: str) -> str:
         """Process 0's text on every process. All processes must call this."""
         if self.world_size == 1:

@@ -208,7 +208,8 @@ class Evaluation:
             self.model.tokenizer,
             tasks,
             self.manager,
-            device=self.world.device,
+            world=self.world,
+            sharded=self.model.prepared.plan.backbone_stage == 3,
             batch_size=self.config.per_device_eval_batch_size,
             bootstrap_samples=self.block.bootstrap_samples,
         )

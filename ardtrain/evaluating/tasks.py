@@ -1,7 +1,6 @@
 """`--tasks`: lm-evaluation-harness on a checkpoint, through its own model class (HFLM) around our model.
 
-Every process runs all of a task's requests in the same order: under ZeRO-3 each forward gathers weights from all, and
-the harness knows nothing of that. More processes therefore hold a larger base, and are no faster.
+The harness runs whole on every process; the model's batches are dealt over them (dealt_tasks.py).
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import norm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
+from ardtrain.collectives import World
 from ardtrain.config import ConfigError
 from ardtrain.evaluating.intervals import Figure
 
@@ -104,17 +103,21 @@ def run_tasks(
     request: TaskRequest,
     manager: Any,
     *,
-    device: torch.device,
+    world: World,
+    sharded: bool,
     batch_size: int,
     bootstrap_samples: int,
 ) -> dict[str, Any]:
-    """lm-eval's results, with the samples, alike on every process. All processes must call this."""
+    """lm-eval's results, with the samples, on process 0. All processes must call this.
+
+    sharded: the module's weights are (ZeRO-3).
+    """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from ardtrain.evaluating.dealt_tasks import DealtLM
 
     with _as_the_harness_wants(module):
-        model = HFLM(pretrained=module, tokenizer=tokenizer, batch_size=batch_size)
-        model._device = device  # offloaded weights lie elsewhere than inputs belong
+        model = DealtLM(module, tokenizer, world=world, batch_size=batch_size, sharded=sharded)
         results: dict[str, Any] = simple_evaluate(
             model=model,
             tasks=list(request.names),
