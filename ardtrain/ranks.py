@@ -231,6 +231,16 @@ class SiteChange(NamedTuple):
     fold: tuple[tuple[int, str, tuple[float, ...]], ...] = ()
 
 
+class _Changes(NamedTuple):
+    """A plan's changes in the order of their sites [C]; of keep, zero and fold how many each has, and all of them."""
+
+    sites: Integers
+    born: Integers
+    keep: tuple[Integers, Integers]
+    zero: tuple[Integers, Integers]
+    fold: tuple[Integers, Integers]
+
+
 @dataclass(frozen=True)
 class RankPlan:
     """One decision: the changed sites, against exactly one table.
@@ -250,25 +260,37 @@ class RankPlan:
     def digest(self) -> str:
         """sha256 over all of it."""
         scores = sorted((name, value.hex()) for name, value in self.scores.items())
-        folded = [(i, c.fold) for i, c in self._ordered if c.fold]
-        parts = "".join(f"{part}," for _, fold in folded for _, part, _ in fold)
+        folds = [own for _, c in self._ordered for own in c.fold]
+        parts = "".join(f"{part}," for _, part, _ in folds)
         head = _sha256([self.table_digest, self.reason, self.again, scores, parts])
-        factors = [factors for _, fold in folded for _, _, factors in fold]
+        counts, places = self._arrays.fold
+        folded = counts > 0
         numbers = [
-            np.array([i for i, _ in self._ordered], np.int64),
-            np.array([c.born for _, c in self._ordered], np.int64),
-            *_counted([c.keep for _, c in self._ordered]),
-            *_counted([c.zero for _, c in self._ordered]),
-            np.array([i for i, _ in folded], np.int64),
-            *_counted([tuple(position for position, _, _ in fold) for _, fold in folded]),
-            np.array([len(own) for own in factors], np.int64),
-            np.fromiter(chain.from_iterable(factors), np.float64),
+            self._arrays.sites,
+            self._arrays.born,
+            *self._arrays.keep,
+            *self._arrays.zero,
+            self._arrays.sites[folded],
+            counts[folded],
+            places,
+            np.fromiter((len(factors) for _, _, factors in folds), np.int64, len(folds)),
+            np.fromiter(chain.from_iterable(factors for _, _, factors in folds), np.float64),
         ]
         return _sha256_of_numbers(head, numbers)
 
     @cached_property
     def _ordered(self) -> list[tuple[int, SiteChange]]:
         return sorted(self.changes.items())
+
+    @cached_property
+    def _arrays(self) -> _Changes:
+        changes = [c for _, c in self._ordered]
+        folded = [tuple(position for position, _, _ in c.fold) if c.fold else () for c in changes]
+        return _Changes(
+            np.fromiter((i for i, _ in self._ordered), np.int64, len(changes)),
+            np.fromiter((c.born for c in changes), np.int64, len(changes)),
+            *(_counted(places) for places in ([c.keep for c in changes], [c.zero for c in changes], folded)),
+        )
 
     def reshapes(self, table: RankTable) -> bool:
         """Does any component leave, join or change its place? If not, tensors keep their shapes (masks only)."""
@@ -295,14 +317,10 @@ class RankPlan:
             raise ValueError(
                 f"plan made for table {self.table_digest[:12]}, applied to {table.digest[:12]}: plan again"
             )
-        changes = [c for _, c in self._ordered]
-        indices = np.array([i for i, _ in self._ordered], np.int64)
-        ranks, most = table.rank_array[indices], table.known_sites.max_ranks[indices]
-        born = np.array([c.born for c in changes], np.int64)
-        kept = np.array([len(c.keep) for c in changes], np.int64)
-        folded = [tuple(position for position, _, _ in c.fold) for c in changes]
-        named = ([c.keep for c in changes], [c.zero for c in changes], folded)
-        fine = all(_all_below(places, ranks) for places in named)
+        sites, born, *named = self._arrays
+        ranks, most = table.rank_array[sites], table.known_sites.max_ranks[sites]
+        kept, _ = self._arrays.keep
+        fine = all(_all_below(counts, places, ranks) for counts, places in named)
         if fine and bool(np.all((born >= 0) & (kept + born <= most))):
             return
         for index, change in self._ordered:  # names what is wrong
@@ -387,12 +405,14 @@ def _distinct(owners: Integers, values: Integers) -> bool:
     """Has no owner a value twice? Values >= 0."""
     if not len(values):
         return True
-    keys = np.sort(owners * (int(values.max()) + 1) + values)
+    keys = owners * (int(values.max()) + 1) + values
+    if bool(np.all(keys[1:] > keys[:-1])):  # already in order, as most are
+        return True
+    keys = np.sort(keys)
     return bool(np.all(keys[1:] != keys[:-1]))
 
 
-def _all_below(tuples: Sequence[tuple[int, ...]], limits: Integers) -> bool:
-    """Are each tuple's numbers distinct, >= 0 and below its limit?"""
-    counts, values = _counted(tuples)
-    owners = np.repeat(np.arange(len(tuples)), counts)
+def _all_below(counts: Integers, values: Integers, limits: Integers) -> bool:
+    """Are each owner's numbers distinct, >= 0 and below its limit? counts: how many each has, in a row in `values`."""
+    owners = np.repeat(np.arange(len(counts)), counts)
     return bool(np.all((values >= 0) & (values < limits[owners]))) and _distinct(owners, values)
