@@ -16,6 +16,8 @@ from ardtrain.data import DataError, EvalData, Source, TrainData
 from ardtrain.data_mix import MOST_PASSES
 from ardtrain.data_order import Part, TrainOrder, drawn_samples, mixed_order, permutation
 from ardtrain.evaluation import held_out_loss
+from ardtrain.fetching import tokenise
+from ardtrain.planning.suggest import suggest
 from tests.runs import write_run
 from tests.tiny import single_world, tiny_llama
 from tests.unit.test_data import CHAT, make, texts, tokenizer, write  # noqa: F401 - a fixture
@@ -304,3 +306,13 @@ def test_open_data_tells_each_source(tmp_path, monkeypatch):
     settings = preflight.held_out_settings(config)
     assert [one.train_files for one in settings] == [(path,) for path in config.data.held_out_files]
     assert settings[1].messages_field == "turns" and settings[0].messages_field == "messages"
+
+
+def test_fetch_and_suggest_know_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARDTRAIN_CACHE", str(tmp_path / "cache"))
+    path = mixed_run(tmp_path, max_steps=None, num_train_epochs=8)
+    assert tokenise(str(path), [])[1] == "  sums: 72 samples, 75.0 % of an epoch, 1.00 passes in it"
+    out = tmp_path / "out.yaml"
+    assert suggest([str(path), "--gpus", "1", "--out", str(out)]) == 0
+    assert "96 rows an epoch" in out.read_text()
+    assert load_config(out).data.sources == load_config(path).data.sources
