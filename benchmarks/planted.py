@@ -279,8 +279,12 @@ def ard_lora(problem, table):
 
 
 def probe_lora(problem, table, **changes):
-    """ElaLoRA's schedule with twice its interval and twice as many components an event, so as many moves."""
-    steps, block = problem.settings.steps, problem.settings.elalora
+    """ElaLoRA's schedule with twice its interval and twice as many components an event, so as many moves.
+
+    changes: of its settings; final_warmup as a fraction of the run.
+    """
+    steps = problem.settings.steps
+    block = problem.settings.elalora | {k: changes.pop(k) for k in ("final_warmup",) if k in changes}
     first, last, interval = (round(block[name] * steps) for name in ("init_warmup", "final_warmup", "mask_interval"))
     given = {
         "total_steps": steps, "b": 2 * block["b"], "init_warmup": first, "final_warmup": last,
@@ -307,6 +311,16 @@ METHODS = {
     "probe_lora": Entry(probe_lora, LORA_RATES),
     "probe_separate": Entry(partial(probe_lora, probes="separate"), LORA_RATES),
     "probe_sensitivity": Entry(partial(probe_lora, prune_by="sensitivity"), LORA_RATES),
+    # What matters to it: what goes into a search, moves, when they end.
+    "probe_k2": Entry(partial(probe_lora, probe_components=2), LORA_RATES),
+    "probe_k8": Entry(partial(probe_lora, probe_components=8), LORA_RATES),
+    "probe_steps3": Entry(partial(probe_lora, probe_steps=3), LORA_RATES),
+    "probe_steps10": Entry(partial(probe_lora, probe_steps=10), LORA_RATES),
+    "probe_half_moves": Entry(partial(probe_lora, b=6), LORA_RATES),
+    "probe_more_moves": Entry(partial(probe_lora, b=18), LORA_RATES),
+    "probe_early": Entry(partial(probe_lora, final_warmup=0.55), LORA_RATES),
+    "probe_late": Entry(partial(probe_lora, final_warmup=0.25), LORA_RATES),
+    "probe_mortal": Entry(partial(probe_lora, newborn_immunity=False), LORA_RATES),
 }
 
 
