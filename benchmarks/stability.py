@@ -3,7 +3,7 @@
 python -m benchmarks.stability runs/compare/e2e_nlg [runs/compare/probe_e2e_nlg ...] [--out FILE]
 
 Seeds differ in the order of rows and in first weights; rates are those that the comparison chose, so that its test runs
-are what is read. For every two runs of a method, r0 being the ranks of the start (AdaLoRA: those scaled to what is left):
+are what is read. For every two runs of a method, r0 being the ranks of the start (AdaLoRA: scaled to what is left):
 
 - again: of the rank that one run gave a site beyond r0, the share that the other gave it as well;
 - chance: the same where the other run's changes are dealt to the sites at random (mean of 200 deals);
