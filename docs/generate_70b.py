@@ -6,11 +6,13 @@ benchmarks/results/plan_check.json, the anchors from peers.md, section 3.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ardtrain.config import RunConfig, with_batch
 from ardtrain.deepspeed_config import with_deepspeed
 from ardtrain.planning.hardware import CONSTANTS, GIB, Machine, find_gpu, machine_of
 from ardtrain.planning.plan import Plan, make_plan
+from ardtrain.planning.seconds import HOOKS, hook_seconds
 from ardtrain.planning.shapes import Shapes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -25,6 +27,7 @@ MODELS = {  # folder of examples/shapes -> name, tokens of a row
     "paligemma-2-28b": ("PaliGemma-2 28B", 1024),
 }
 GPUS = (1, 8, 16, 64, 1024)
+ON_CPU = REPOSITORY / "benchmarks" / "results" / "zero_hooks.json"
 ON_GPU = REPOSITORY / "benchmarks" / "results" / "gpu_h200.json"
 ON_GPU_VARIANTS = {
     "zero0": "LoRA, ZeRO-0",
@@ -102,9 +105,15 @@ def calibration() -> list[str]:
     return lines
 
 
+def on_gpu() -> dict[str, Any]:
+    """What was measured on one H200, by part."""
+    parts: dict[str, Any] = json.loads(ON_GPU.read_text())["parts"]
+    return parts
+
+
 def measured() -> list[str]:
-    """Steps of an 8B-shaped Llama on one H200, each beside the plan of its own config."""
-    parts = json.loads(ON_GPU.read_text())["parts"]
+    """Steps of an 8B-shaped Llama on one H200, each beside the plan of its own config as it was made then."""
+    parts = on_gpu()
     lines = [
         "| One H200, deterministic kernels | Step, s | Plan, s | Tokens/s | MFU (4 N) | Peak allocated, GiB | "
         "Reserved, GiB | Plan, GiB |",
@@ -126,6 +135,37 @@ def measured() -> list[str]:
             f"{own['mfu_4n']:.0%} | {own['peak_allocated'] / GIB:.1f} | {own['peak_reserved'] / GIB:.1f} | {size} |"
         )
     return lines
+
+
+def hook_seconds_of(variant: str) -> tuple[float, float]:
+    """The plan of a step on the H200: with hooks around every module, as it was measured, and around layers, as now."""
+    config = config_of("llama-3.1-8b", 4096, 1, offload=False, global_batch_size=2, deepspeed={"zero_optimization": {
+        "stage": 3, **AUTO, **({"offload_param": OFFLOAD["offload_param"]} if variant == "zero3_offload" else {})
+    }})  # fmt: skip
+    plan = make_plan(config, machine_of("h100", gpus=1, nodes=None))
+    assert plan.seconds is not None
+    now, hooks = plan.seconds.step_seconds, plan.seconds.step[HOOKS]
+    return now - hooks + 2 * hook_seconds(plan.shapes.hooks(by_module=True)), now
+
+
+def hooks() -> str:
+    """What ZeRO-3's hooks took and take."""
+    parts = on_gpu()
+    on_cpu = json.loads(ON_CPU.read_text())["hooks"]["over_zero0"]
+    rows = []
+    for variant, where in (("zero3", "ZeRO-3"), ("zero3_offload", "with the base on the host")):
+        then, now = hook_seconds_of(variant)
+        seen = parts[f"step_{variant}"]["deterministic"]["step_seconds"]["median"]
+        rows.append(f"{where}, {then:.2f} s of {seen:.2f} measured, and {now:.2f} s now")
+    cpu = [on_cpu[f"{way} checkpointing"]["measured"] for way in ("modules", "layers")]
+    return (
+        "ZeRO-3's rows were measured when its hooks stood around every module. The host took longer for them than the "
+        "GPU for its products; the plan of then did not have that, the plan of now does (`hook_call`, `hook_weight` "
+        "from a CPU, `hook_factor` fitted to the first two rows). Since then one pair of hooks stands around a decoder "
+        "layer under checkpointing too: on a CPU, 32 small layers, ZeRO-3 adds "
+        f"{cpu[1]:.3f} s to a step instead of {cpu[0]:.3f} (`benchmarks/results/zero_hooks.json`). The plan, nothing "
+        f"hidden: {'; '.join(rows)}. The last figures have not been measured."
+    )
 
 
 def anchors() -> list[str]:
@@ -193,8 +233,9 @@ def render() -> str:
         "## The plan\n\nLoRA of rank 16 on all linear layers, bf16, ZeRO-3 with sizes on `auto`, activation "
         "checkpointing, a grain of one row of 4,096 tokens (PaliGemma: 1,024, image tokens among them), 64 rows a step "
         'or one for each GPU. "host": base and optimizer state offloaded to the CPU. Tokens/s: from nothing hidden to '
-        "all traffic of the base hidden behind products. Nodes of 8 GPUs, 2 TB of host memory, 8 x 400 Gb/s. A grain "
-        "of more rows makes better use of gathers: the column says how many fit.",
+        "all traffic of the base and the host's work for ZeRO-3 hidden behind products. Nodes of 8 GPUs, 2 TB of host "
+        "memory, 8 x 400 Gb/s. A grain of more rows makes better use of gathers and of the host's work, which is a "
+        "grain's whatever its rows: the column says how many fit.",
         "\n".join(table()),
         "PaliGemma's rows count each weight for each token, the vision tower's too. Frozen weights in "
         "`quantization: int8` or `nf4` take half or 0.28 of the shard, gathers and traffic; plan your own.",
@@ -202,9 +243,9 @@ def render() -> str:
         "layers of Llama-3.1-8B's shape, random weights, LoRA of rank 16 on all linear layers, bf16, "
         "checkpointing, two grains of one row of 4,096 tokens a step, one process; MFU against 989 TFLOP/s. The "
         "plan is of the same config on an H100, whose products are as fast; 1.5 GiB of it are CUDA's context, "
-        "which neither column of what was measured counts. With one process nothing is gathered over a wire; what "
-        "ZeRO-3's steps take beyond ZeRO-0's the plan does not have.",
+        "which neither column of what was measured counts. With one process nothing is gathered over a wire.",
         "\n".join(measured()),
+        hooks(),
         "## What others measured, beside the plan\n\nFrom the project's notes on other trainers (peers.md 3C, 3D).",
         "\n".join(anchors()),
         "## Calibration\n\n`benchmarks/plan_check.py`: the plan beside real steps of the same config on a CPU "

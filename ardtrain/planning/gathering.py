@@ -39,7 +39,8 @@ def play(units: Sequence[Unit], settings: GatherSettings, *, recompute: bool, co
     """One grain after the first, which records the order.
 
     Args:
-        units: in the order of the forward. recompute: layers run again before their backward (checkpointing).
+        units: in the order of the forward. recompute: a layer of several units runs again before its backward
+            (checkpointing), and gathers again.
         copies: several processes gather into one buffer first.
     """
     order = list(units)

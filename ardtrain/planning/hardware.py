@@ -89,6 +89,14 @@ CONSTANTS = {
         15.0, "bytes of memory traffic a weight", "counted from the operations of quantized.dequantize_int8 in bf16"),
     "host_memory": Constant(
         20.0e9, "bytes/s a process", "the host's share of memory for one process's AdamW", assumed=True),
+    "hook_call": Constant(
+        214.99e-6, "seconds a call", "benchmarks/results/zero_hooks.json, hooks.seconds_a_call (one process, a CPU's)"),
+    "hook_weight": Constant(
+        76.34e-6, "seconds a weight", "benchmarks/results/zero_hooks.json, hooks.seconds_a_weight (the same)"),
+    "hook_factor": Constant(
+        2.014, "of the CPU's seconds",
+        "fitted to benchmarks/results/gpu_h200.json: step_zero3 less step_zero0, 1.33 s a step of two grains, when "
+        "hooks stood around every module; one process, so nothing is gathered over a wire"),
     "attention_backward": Constant(
         2.5, "forward's operations", "FlashAttention-2 (arXiv 2307.08691), section 4.1: 5 products against 2"),
     "context_bytes": Constant(

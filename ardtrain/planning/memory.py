@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ardtrain.collectives import CHUNK
-from ardtrain.config import RunConfig
 from ardtrain.deepspeed_config import DeepSpeedPlan
 from ardtrain.planning.gathering import Gathered, GatherSettings, play
 from ardtrain.planning.hardware import Machine, constant
@@ -61,7 +60,6 @@ class Placement:
     base: str
     optimizer: str
     zero: Mapping[str, Any]  # the engine's zero_optimization
-    whole_layers: bool  # a decoder layer is gathered as one
 
     @property
     def gathers(self) -> GatherSettings:
@@ -76,7 +74,7 @@ class Placement:
         return self.zero.get("offload_param", {}).get(key, default)
 
 
-def placement(config: RunConfig, plan: DeepSpeedPlan) -> Placement:
+def placement(plan: DeepSpeedPlan) -> Placement:
     """From the engines' settings (deepspeed_config.split_deepspeed)."""
     zero = (plan.full or plan.backbone)["zero_optimization"]
     base = zero.get("offload_param", {}).get("device", "none")
@@ -84,9 +82,8 @@ def placement(config: RunConfig, plan: DeepSpeedPlan) -> Placement:
         optimizer = zero.get("offload_optimizer", {}).get("device", "none")
     else:
         optimizer = "cpu" if plan.optimizer_offload else "none"
-    whole_layers = plan.full is None and not config.gradient_checkpointing  # engines._gather_layers_whole
     here = {"none": "device"}
-    return Placement(plan.backbone_stage, here.get(base, base), here.get(optimizer, optimizer), zero, whole_layers)
+    return Placement(plan.backbone_stage, here.get(base, base), here.get(optimizer, optimizer), zero)
 
 
 def memory(shapes: Shapes, machine: Machine, place: Placement, *, rows: int, length: int) -> Memory:
@@ -95,9 +92,8 @@ def memory(shapes: Shapes, machine: Machine, place: Placement, *, rows: int, len
     traced = shapes.grain_bytes(rows=rows, length=length)
     gathered = None
     if place.stage == 3:
-        units = shapes.forward_units(whole_layers=place.whole_layers)
         recompute = shapes.config.gradient_checkpointing
-        gathered = play(units, place.gathers, recompute=recompute, copies=world > 1)
+        gathered = play(shapes.forward_units(), place.gathers, recompute=recompute, copies=world > 1)
         if world == 1 and (place.base == "device" or machine.gpu.memory_bytes is None):
             gathered = Gathered(0, 0, 0.0)  # the shard is the weight, and is used where it lies
     frozen, host, nvme = _base(shapes, machine, place)
@@ -169,9 +165,10 @@ def _arena(shapes: Shapes, world: int, place: Placement, host: Causes) -> tuple[
     }
     state = {"master weights": FP32 * shard, "Adam's moments": 2 * FP32 * shard}
     (held if place.optimizer == "device" else host).update(state)
-    if place.optimizer == "cpu":  # deepspeed stage_1_and_2.py: the masters' gradient, two buffers as long as the arena
-        held["offload's gradient buffer"] = FP32 * numbers
-        host["offloaded gradients"] = FP32 * (numbers + shard)
+    if place.optimizer == "cpu":  # deepspeed stage_1_and_2.py
+        held["offload's gradient buffer"] = FP32 * numbers  # temp_grad_buffer_for_gpu_offload
+        host["offloaded gradients"] = FP32 * (numbers + shard)  # ..._for_cpu_offload, the masters' own
+        host["offload's weight buffer"] = FP32 * shard  # param_buffer_of_bit16_for_cpu_offload_groups
     host["snapshot for a save"] = (3 + shapes.entry_states) * FP32 * numbers
     rounds = None if shapes.method is None else shapes.method.probes
     heard = 0  # a round's gradient

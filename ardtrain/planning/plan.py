@@ -85,7 +85,7 @@ def make_plan(config: RunConfig, machine: Machine, *, shapes: Shapes | None = No
     engines = split_deepspeed(
         config, world_size=machine.world_size, trainable_numbers=shapes.num_trained, sizes=shapes.shape.sizes
     )
-    place = placement(config, engines)
+    place = placement(engines)
     rows, length = config.per_device_train_batch_size, config.max_length
     found = memory(shapes, machine, place, rows=rows, length=length)
     times = None

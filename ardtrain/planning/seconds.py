@@ -1,7 +1,7 @@
 """Seconds by cause: of one step, of the events between steps, of the run. Arithmetic on hardware.py's table.
 
-Two bounds of a step: nothing hidden (all causes added), and all traffic of the base hidden behind the products. Where
-between them a run lies depends on streams and kernels that no machine of ours has shown; plans go by the first.
+Two bounds of a step: nothing hidden (all causes added), and all traffic of the base and ZeRO-3's work on the host
+hidden behind the products. Where between them a run lies depends on streams and kernels; plans go by the first.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from ardtrain.config import AloraBlock
 from ardtrain.planning.gathering import Gathered
 from ardtrain.planning.hardware import Machine, constant
 from ardtrain.planning.memory import FP32, INT64, Memory, Placement
-from ardtrain.planning.shapes import Shapes
+from ardtrain.planning.shapes import Hooks, Shapes
 from ardtrain.utilisation import mfu_4n
 
 TRAFFIC = ("gathers", "host to device", "NVMe to host", "activations to the host and back")
+HOOKS = "ZeRO-3's hooks on the host"
 ABLATION_SHARE = 0.51  # of 2R + 1 whole forwards' operations: benchmarks/results/ab_lora_stories260k.json
 
 
@@ -89,6 +90,7 @@ def seconds(shapes: Shapes, machine: Machine, place: Placement, memory: Memory, 
         step["dequantisation"] = rounds * passes * shapes.quantized_numbers * constant("dequantise_bytes") / gpu.hbm
     if memory.gathered is not None:
         step |= {c: rounds * s for c, s in _base_traffic(shapes, machine, place, memory.gathered).items()}
+        step[HOOKS] = rounds * hook_seconds(shapes.hooks())
     waiting = shapes.offloaded_bytes(rows=rows, length=length)
     if waiting:
         link = gpu.host * constant("host_link_fraction")
@@ -96,7 +98,8 @@ def seconds(shapes: Shapes, machine: Machine, place: Placement, memory: Memory, 
     step |= _engine(shapes, machine, place, rounds)
     traffic = sum(step.get(cause, 0.0) for cause in TRAFFIC)
     products = sum(step[cause] for cause in flops)
-    overlapped = max(products, traffic) + sum(step.values()) - products - traffic
+    hooks = step.get(HOOKS, 0.0)
+    overlapped = max(products, traffic, hooks) + sum(step.values()) - products - traffic - hooks
     tokens = num_grains * rows * length
     n = shapes.num_trained or 1
     resize = constant("resize_seconds") * n / constant("resize_numbers") if shapes.moves_ranks else 0.0
@@ -104,6 +107,12 @@ def seconds(shapes: Shapes, machine: Machine, place: Placement, memory: Memory, 
     forward = (2.0 * shapes.matmul_numbers * length) / speed / world  # of a row, over all processes
     run = _run(shapes, sum(step.values()), resize=resize, save=save, row=forward)
     return Seconds(step, overlapped, resize, save, run, tokens, shapes.matmul_numbers, world, gpu.flops)
+
+
+def hook_seconds(hooks: Hooks) -> float:
+    """The host's, of one grain on a GPU."""
+    on_cpu = hooks.calls * constant("hook_call") + hooks.weights * constant("hook_weight")
+    return on_cpu * constant("hook_factor")
 
 
 def _base_traffic(shapes: Shapes, machine: Machine, place: Placement, gathered: Gathered) -> dict[str, float]:

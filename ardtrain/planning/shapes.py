@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,7 @@ from ardtrain.adapters import (
     bind_arena,
 )
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import DTYPES, base_linears, meta_model
+from ardtrain.backbones import DTYPES, base_linears, gathered_whole, meta_model
 from ardtrain.config import ConfigError, RunConfig, adapter_settings
 from ardtrain.data import Batch
 from ardtrain.evaluation import loss_sum
@@ -38,7 +39,7 @@ from ardtrain.utilisation import matmul_numbers
 class Unit:
     """Parameters that ZeRO-3 gathers and releases together: (identity, numbers, bytes) of each.
 
-    layer: of the repeated layer it lies in, from 0; -1 outside.
+    layer: of the repeated layer it lies in, from 0; -1: outside, or all of one.
     """
 
     parameters: tuple[tuple[int, int, int], ...]
@@ -47,6 +48,14 @@ class Unit:
     @property
     def numbers(self) -> int:
         return sum(n for _, n, _ in self.parameters)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """ZeRO-3's work on the host. calls: a module's weights are fetched and released; weights: that these walk."""
+
+    calls: int
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -138,28 +147,54 @@ class Shapes:
     def is_multimodal(self) -> bool:
         return hasattr(self.model.config, "vision_config")
 
-    def forward_units(self, *, whole_layers: bool) -> tuple[Unit, ...]:
-        """In the order of the forward. whole_layers: a decoder layer is gathered as one (engines.py)."""
-        layers = {id(layer): i for i, layer in enumerate(x for _, s in layer_stacks(self.model) for x in s)}
+    def forward_units(self) -> tuple[Unit, ...]:
+        """In the order of the forward."""
         units: list[Unit] = []
-        inside, layer = "", -1
-        for name, module in self.model.named_modules():
-            is_layer = id(module) in layers
-            if is_layer:
-                inside, layer = f"{name}.", layers[id(module)]
-            elif not (inside and name.startswith(inside)):
-                inside, layer = "", -1
-            elif whole_layers:
-                continue
-            own = list(module.parameters(recurse=is_layer and whole_layers))
+        for module, layer, is_whole in self._hooked():
+            own = list(module.parameters(recurse=is_whole))
             if own:
                 sizes = tuple((id(p), p.numel(), parameter_bytes(p, self.itemsize)) for p in own)
-                units.append(Unit(sizes, layer))
+                units.append(Unit(sizes, -1 if is_whole else layer))
         output = self.model.get_output_embeddings()
         if output is not None and _is_tied(self.model):  # it is walked with the input embedding, and used last
             weight = output.weight
             units.append(Unit(((id(weight), weight.numel(), parameter_bytes(weight, self.itemsize)),)))
         return tuple(units)
+
+    def hooks(self, *, by_module: bool = False) -> Hooks:
+        """Of one grain's forward and backward. by_module: where no layer is gathered whole."""
+        calls = weights = 0
+        seen: set[int] = set()
+        for module, layer, is_whole in self._hooked(by_module=by_module):
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):  # holds modules, and is never called
+                continue
+            # A layer's own hooks stand around its second run, those inside it run again.
+            again = self.config.gradient_checkpointing and not is_whole and layer in seen
+            times = 3 if again else 2
+            calls += times
+            weights += times * len(list(module.parameters(recurse=is_whole)))
+            if layer >= 0:
+                seen.add(layer)
+        return Hooks(calls, weights)
+
+    def _hooked(self, *, by_module: bool = False) -> Iterator[tuple[nn.Module, int, bool]]:
+        """(module, its repeated layer or -1, is it gathered whole) of each module that ZeRO-3 hooks, in order.
+
+        Method full's engine hooks every module, that of a frozen base a decoder layer as one.
+        """
+        layers = {id(layer): i for i, layer in enumerate(x for _, s in layer_stacks(self.model) for x in s)}
+        by_module = by_module or self.layout is None
+        whole = set() if by_module else {id(module) for module in gathered_whole(self.model)}
+        inside, layer, taken = "", -1, ""
+        for name, module in self.model.named_modules():
+            if taken and name.startswith(taken):
+                continue
+            if id(module) in layers:
+                inside, layer = f"{name}.", layers[id(module)]
+            elif not (inside and name.startswith(inside)):
+                inside, layer = "", -1
+            taken = f"{name}." if id(module) in whole else ""
+            yield module, layer, bool(taken)
 
     def grain_bytes(self, *, rows: int, length: int) -> dict[str, Bytes]:
         """Phase -> bytes by kind of one grain's forward and backward, as tracing.trace.

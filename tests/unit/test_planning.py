@@ -23,7 +23,7 @@ from ardtrain.planning.hardware import CONSTANTS, GPUS, Machine, constant, find_
 from ardtrain.planning.memory import power_of_two
 from ardtrain.planning.plan import make_plan, to_json
 from ardtrain.planning.seconds import grain_flops
-from ardtrain.planning.shapes import Unit, read_shapes
+from ardtrain.planning.shapes import Hooks, Unit, read_shapes
 from ardtrain.planning.text import render
 from ardtrain.records import Records
 from ardtrain.trainer import StepResult
@@ -238,6 +238,36 @@ def test_gathering_by_hand():
     assert (small.forward_bytes, small.passes) == (0, 0.0)  # whole for good
 
 
+def test_hooks_by_hand(folder):
+    """A layer: itself, attention with 4 linears, feed-forward with 3 and its activation, 2 norms; 6 modules around."""
+    shapes = planned(folder).shapes
+    assert shapes.hooks() == Hooks(2 * (LAYERS + 6), 2 * (9 * LAYERS + 3))
+    assert shapes.hooks(by_module=True) == Hooks(2 * (13 * LAYERS + 6), 2 * (9 * LAYERS + 3))
+    again = planned(folder, gradient_checkpointing=True).shapes
+    assert again.hooks() == shapes.hooks()  # around both runs of a layer
+    assert again.hooks(by_module=True) == Hooks(2 * (13 * LAYERS + 6) + 12 * LAYERS, 2 * (9 * LAYERS + 3) + 9 * LAYERS)
+
+
+def test_checkpointed_layers_are_gathered_twice_a_grain(folder):
+    """For the forward, and for the second run with the backward; module by module a layer is gathered three times."""
+    bare = zero3(stage3_prefetch_bucket_size=0, stage3_max_reuse_distance=0)
+    plan = planned(folder, Machine(CPU, 1, 2), deepspeed=bare, gradient_checkpointing=True)
+    assert plan.memory.gathered.passes == pytest.approx(2.0)
+    by_module = play(replace(plan.shapes, layout=None).forward_units(), plan.place.gathers, recompute=True)
+    layers = LAYERS * (LAYER + NORMS)
+    assert by_module.passes == pytest.approx((3 * layers + 2 * (BASE - layers)) / BASE)
+
+
+def test_hooks_take_the_hosts_time_beside_the_products(folder):
+    sharded = planned(folder, Machine(H100, 1, 1), bf16=True, deepspeed=zero3()).seconds
+    whole = planned(folder, Machine(H100, 1, 1), bf16=True).seconds
+    hooks = sharded.step["ZeRO-3's hooks on the host"]
+    on_cpu = 18 * constant("hook_call") + 60 * constant("hook_weight")
+    assert hooks == pytest.approx(8 * on_cpu * constant("hook_factor"))
+    assert sharded.step_seconds == pytest.approx(whole.step_seconds + hooks)
+    assert sharded.overlapped_step < sharded.step_seconds  # products run meanwhile
+
+
 def test_a_gather_of_several_weights_holds_them_twice():
     units = [Unit(((0, 100, 200), (1, 100, 200)))]
     assert play(units, GatherSettings(0, 10**9, 0, 0), recompute=False).forward_bytes == 800
@@ -343,6 +373,9 @@ def test_every_constant_has_a_source():
         result = json.loads((REPOSITORY / file).read_text())
         assert constant(f"{name}_seconds") == pytest.approx(result[key]["median"], rel=1e-3)
         assert constant(f"{name}_numbers") == result["trained_numbers"]
+    hooks = json.loads((REPOSITORY / "benchmarks" / "results" / "zero_hooks.json").read_text())["hooks"]
+    assert constant("hook_call") == pytest.approx(hooks["seconds_a_call"], rel=1e-3)
+    assert constant("hook_weight") == pytest.approx(hooks["seconds_a_weight"], rel=1e-3)
 
 
 KEYS = {  # of the JSON, schema version 1
