@@ -7,7 +7,7 @@
 #   ardtrain_cluster                           Debian's ssh, pdsh and Slurm, for tests on several hosts (root only)
 #   ardtrain_mpich                             a second MPI, from PyPI, for those tests
 #   ardtrain_browser                           Debian's Chromium, in which a test looks at reports (root only)
-#   ardtrain_build_ops OP...                   compiles ahead, in one process: ShareMemComm (processes that meet on a
+#   ardtrain_build_ops OP...                   compiles ahead, two at a time: ShareMemComm (processes that meet on a
 #                                              CPU), AsyncIO (offload to NVMe), CPUAdam (its optimizer kernel)
 #
 # ARDTRAIN_VENV (default: .venv in the checkout) and TORCH_EXTENSIONS_DIR (default: torch_extensions inside the
@@ -125,11 +125,12 @@ ardtrain_build_ops() {
   exec 9>&-
 }
 
-# One process, so that processes of a run do not wait for each other's compile. An op that cannot be built is named;
+# Ahead, so that processes of a run do not wait for each other's compile. An op that cannot be built is named;
 # what needs it says so itself, and the next call tries again.
 _ardtrain_compile() {
   "$ARDTRAIN_PYTHON" - "$@" 9>&- <<'PY'
-import contextlib, glob, io, os, pathlib, sys, time
+import contextlib, glob, io, multiprocessing, os, pathlib, sys, time
+from concurrent.futures import ProcessPoolExecutor
 
 # A killed compile leaves a `lock` file, and the next one would wait for it for ever, in silence. Its maker holds
 # it open; what no process holds open is stale.
@@ -146,7 +147,9 @@ for lock in folder.glob("**/lock"):
 from deepspeed.accelerator import get_accelerator
 
 key, *names = sys.argv[1:]
-for name in names:
+
+
+def build(name):
     start = time.monotonic()
     output = io.StringIO()
     try:
@@ -160,6 +163,12 @@ for name in names:
         (folder / f".ardtrain-{name}").write_text(key)
     except Exception as error:
         result = f"failed: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}"
-    print(f"  {name}: {result}, {time.monotonic() - start:.0f} s", flush=True)
+    return f"  {name}: {result}, {time.monotonic() - start:.0f} s"
+
+
+# The most of an op is one file, which keeps one core busy.
+with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+    for line in pool.map(build, names):
+        print(line, flush=True)
 PY
 }

@@ -19,7 +19,7 @@ METHODS = {
     "lora": {"optimizer": {"lora_plus_ratio": 4}},
     "probe_lora": {"probe_lora": {"init_warmup": 2, "final_warmup": 4, "mask_interval": 4, "probe_steps": 2}},
 }
-SHORT = ("elalora", "alora")  # in every round of tests; the others with -m full
+SHORT = ("elalora",)  # in every round of tests; the others with -m full
 AUTO = ["resume_from_checkpoint=auto"]
 
 
@@ -37,10 +37,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """The stories of ElaLoRA and ALoRA."""
+    """The stories of ElaLoRA, and of ALoRA's ablation."""
     stories = Stories(folder)
     for method in SHORT:
         cut_twice(stories, folder, method)
+    stories.add("alora-alone", config_of(folder, "alora", "alora-alone"), 1)
     elsewhere = config_of(folder, "elalora", "elsewhere")
     stories.add("elsewhere", elsewhere, 1, [f"resume_from_checkpoint={folder / 'elalora-cut' / 'checkpoint-9'}"])
     fast = ["stop_poll_seconds=1e-6"]  # asks after every round
@@ -69,13 +70,13 @@ def done(folder):
 
 
 @pytest.fixture(scope="module")
-def others(folder):
+def others(folder, done):
     """Every pair of world sizes; the other methods, cut twice.
 
     tests/distributed/test_matrix.py goes from 4 processes to 3, 2, 1 and 5, and cuts every method once, below the
     command line.
     """
-    stories = Stories(folder)
+    stories = done
     pairs = config_of(folder, "elalora", "pairs")
     for number, size in enumerate(ALL_PAIRS):
         stop = {"stop_after": 2} if number < len(ALL_PAIRS) - 1 else {}
@@ -90,7 +91,8 @@ def others(folder):
 
 def cut_twice(stories, folder, method):
     """A run of the method alone, and one cut on 2 processes and on 3 that ends on 1."""
-    stories.add(f"{method}-alone", config_of(folder, method, f"{method}-alone"), 1)
+    if f"{method}-alone" not in stories.results:
+        stories.add(f"{method}-alone", config_of(folder, method, f"{method}-alone"), 1)
     cut = config_of(folder, method, f"{method}-cut", deepspeed="zero3" if method != "elalora" else None)
     stories.add(f"{method}-cut", cut, 2, AUTO, stop_after=9)
     stories.add(f"{method}-cut", cut, 3, AUTO, stop_after=4)
@@ -107,7 +109,7 @@ def leave_only_deepspeeds(folder):
 
 
 @pytest.mark.full
-def test_every_pair_of_world_sizes_equals_the_unbroken_run(folder, done, others):
+def test_every_pair_of_world_sizes_equals_the_unbroken_run(folder, others):
     others.ended_well("pairs")
     assert len(others.results["pairs"]) == 13
     assert fingerprint(folder / "pairs") == fingerprint(folder / "elalora-alone")
