@@ -47,17 +47,19 @@ def world(monkeypatch):
     return single_world()
 
 
-FOUND = pytest.StashKey[dict]()
+FOUND, RUNS = pytest.StashKey[dict](), pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--record-families", help="JSON file for what the tests of model families found, if all pass")
+    parser.addoption("--record-runs", help="JSON file for the runs that the tests found equal, if all pass")
 
 
 def pytest_configure(config):
-    config.stash[FOUND] = {}
-    if config.getoption("--record-families") and getattr(config.option, "numprocesses", None):
-        raise pytest.UsageError("--record-families needs all tests in one process; leave -n out")
+    config.stash[FOUND], config.stash[RUNS] = {}, []
+    recording = config.getoption("--record-families") or config.getoption("--record-runs")
+    if recording and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--record-families and --record-runs need all tests in one process; leave -n out")
 
 
 # Of pytest-xdist's two workers (-n 2) one takes the launch tests, one after another, from the start on; the other the
@@ -93,9 +95,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    path = session.config.getoption("--record-families")
-    if path and exitstatus == 0:
-        Path(path).write_text(json.dumps(session.config.stash[FOUND], indent=1) + "\n")
+    for option, key in (("--record-families", FOUND), ("--record-runs", RUNS)):
+        path = session.config.getoption(option)
+        if path and exitstatus == 0:
+            Path(path).write_text(json.dumps(session.config.stash[key], indent=1) + "\n")
 
 
 @pytest.fixture
@@ -107,5 +110,33 @@ def record(request):
         if method is not None:
             own = own.setdefault("methods", {}).setdefault(method, {})
         own.update(found)
+
+    return keep
+
+
+# A run in the words of docs/support_matrix.md; what a test does not name is as simple as can be.
+SIMPLE_RUN = {
+    "form": "plain",  # of the adapters
+    "family": "Llama",  # of docs/families.md
+    "base_zero": 0,
+    "base_offload": None,  # or cpu, nvme
+    "adapter_zero": 1,
+    "optimizer_offload": False,
+    "dtype": "float32",  # that the base computes in
+    "features": (),  # settings in use beside these
+    "resumed_from": None,  # or the number of processes that wrote the checkpoint
+    "resizes": 0,
+    "equal": "bits",  # or the largest relative difference of losses
+}
+
+
+@pytest.fixture
+def record_run(request):
+    """Keeps a run that a test found equal to another, for `--record-runs`; called after asserts."""
+
+    def keep(*, method, processes, **settings):
+        found = {"test": request.node.nodeid.partition("::")[0], "method": method, "processes": processes}
+        assert not set(settings) - set(SIMPLE_RUN)
+        request.config.stash[RUNS].append(found | SIMPLE_RUN | settings)
 
     return keep

@@ -175,6 +175,7 @@ def run_case(case, world, *, build=build, steps=STEPS, cut=30, evaluate_after=(2
     result["seconds"] = time.perf_counter() - start
     result["final"] = weights_digest(snapshot)
     result["gathered"] = trainer.backbone.gathered_parameters()
+    result["method"] = type(trainer.method).__name__
     world.agree("final weights", result["final"], step=steps)
     trainer.arena.engine.destroy()
     trainer.backbone.destroy()

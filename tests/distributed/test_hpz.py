@@ -10,7 +10,7 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_hpz_gives_the_same_bits(tmp_path, count):
+def test_hpz_gives_the_same_bits(tmp_path, count, record_run):
     """One node of two processes, and two: losses, ranks and weights are those without a second copy."""
     out = tmp_path / "out.json"
     ended = run_processes(count, ["-m", "tests.distributed.hpz", str(out)], folder=tmp_path, timeout=300)
@@ -21,3 +21,5 @@ def test_hpz_gives_the_same_bits(tmp_path, count):
     assert without["events"] >= 2
     for what in ("losses", "table", "weights", "events"):
         assert without[what] == with_copy[what], what
+    settings = {"base_zero": 3, "features": ["zero_hpz_partition_size"], "resizes": without["events"]}
+    record_run(method="elalora", processes=count, **settings)

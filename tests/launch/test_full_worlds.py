@@ -16,6 +16,13 @@ pytestmark = [pytest.mark.launch, pytest.mark.full]
 STEPS = 20
 RESUME = ["resume_from_checkpoint=auto", "allow_pickle=true"]
 # A stop that is asked for in the first evaluation of a start, every fifth step, is carried out one step later.
+PARTS = {  # of a run: processes, ZeRO stage, is the optimizer offloaded?
+    "cut": ((2, {"stage": 2}), (3, {"stage": 3}), (1, {"stage": 1, "offload": True})),
+    "back": ((3, {"stage": 3, "offload": True}), (2, {"stage": 1})),
+    "same": ((2, {"stage": 2}), (2, {"stage": 2})),
+}
+FULL = {"method": "full", "adapter_zero": None}
+HEAD = {"method": "elalora", "features": ["lora_dropout", "task: sequence_classification"]}
 CUTS = {"cut": [(6, 2, 2), (11, 3, 3), (STEPS, 1, 1)], "back": [(6, 3, 3), (STEPS, 2, 1)]}
 
 
@@ -56,11 +63,7 @@ def done(folder):
     stories = Stories(folder)
     for name, size, stage in (("alone-1", 1, 1), ("alone-2", 2, 2), ("alone-3", 3, 3)):
         stories.add(name, full_run(folder, name, stage), size)
-    for name, parts in {
-        "cut": ((2, {"stage": 2}), (3, {"stage": 3}), (1, {"stage": 1, "offload": True})),
-        "back": ((3, {"stage": 3, "offload": True}), (2, {"stage": 1})),
-        "same": ((2, {"stage": 2}), (2, {"stage": 2})),
-    }.items():
+    for name, parts in PARTS.items():
         for number, (size, where) in enumerate(parts):
             config = full_run(folder, f"{name}-part-{number}", run=name, **where)
             is_last = number == len(parts) - 1
@@ -99,7 +102,7 @@ def model_digest(run_dir):
     return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def test_full_on_one_two_and_three_processes_is_one_run_to_a_millionth(folder, done):
+def test_full_on_one_two_and_three_processes_is_one_run_to_a_millionth(folder, done, record_run):
     names = ("alone-1", "alone-2", "alone-3")
     done.ended_well(*names)
     one, two, three = (losses(folder / name) for name in names)
@@ -107,26 +110,35 @@ def test_full_on_one_two_and_three_processes_is_one_run_to_a_millionth(folder, d
     held_out = [losses(folder / name, "eval_loss") for name in names]
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-6) and held_out[2] == pytest.approx(held_out[0], rel=1e-6)
     assert one[STEPS] < one[1] - 0.1  # it learns: equality of runs that stand still would say nothing
+    for size in (1, 2, 3):
+        record_run(processes=size, base_zero=size, equal="bits" if size == 1 else "1e-6", **FULL)
 
 
-def test_full_twice_on_two_processes_once_cut_and_resumed_has_equal_bits(folder, done):
+def test_full_twice_on_two_processes_once_cut_and_resumed_has_equal_bits(folder, done, record_run):
     done.ended_well("alone-2", "same")
     assert cut_by(folder / "same") == [(6, 2, 2), (STEPS, 2, 2)]
     for key in ("loss", "grad_norm", "eval_loss"):
         assert losses(folder / "same", key) == losses(folder / "alone-2", key)
     assert model_digest(folder / "same") == model_digest(folder / "alone-2")
+    record_run(processes=2, resumed_from=2, base_zero=2, **FULL)
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_full_resumed_on_other_processes_stages_and_offload_is_the_unbroken_run_to_a_millionth(folder, done, name):
+def test_full_resumed_elsewhere_is_the_unbroken_run_to_a_millionth(folder, done, name, record_run):
     done.ended_well(name, "alone-1")
     unbroken, own = losses(folder / "alone-1"), losses(folder / name)
     assert own == pytest.approx(unbroken, rel=1e-6)
     assert losses(folder / name, "eval_loss") == pytest.approx(losses(folder / "alone-1", "eval_loss"), rel=1e-6)
     assert cut_by(folder / name) == CUTS[name]
+    before = None
+    for size, where in PARTS[name]:
+        offload = where.get("offload", False)
+        settings = {"base_zero": where["stage"], "optimizer_offload": offload, "resumed_from": before}
+        record_run(processes=size, equal="1e-6", **settings, **FULL)
+        before = size
 
 
-def test_a_classifier_has_equal_bits_on_one_two_and_three_processes(folder, done):
+def test_a_classifier_has_equal_bits_on_one_two_and_three_processes(folder, done, record_run):
     runs = ("head-1", "head-2", "head-3")
     done.ended_well(*runs)
     one, two, three = (fingerprint(folder / name) for name in runs)
@@ -139,10 +151,15 @@ def test_a_classifier_has_equal_bits_on_one_two_and_three_processes(folder, done
     assert tensors[head].abs().max() > 0 and tensors[head.replace("master", "exp_avg")].abs().max() > 0
     written = load_file(folder / "head-1" / "adapter" / "adapter_model.safetensors")
     assert any("score" in name for name in written)
+    for size in (1, 2, 3):
+        record_run(processes=size, base_zero=3 if size == 3 else 0, resizes=len(set(one["tables"])) - 1, **HEAD)
 
 
-def test_a_classifier_cut_and_resumed_on_others_has_equal_bits(folder, done):
+def test_a_classifier_cut_and_resumed_on_others_has_equal_bits(folder, done, record_run):
     done.ended_well("head-cut", "head-1")
     manifests = [json.loads(p.read_text()) for p in (folder / "head-cut").glob("checkpoint-*/manifest.json")]
     assert sorted((m["step"], m["world_size"]) for m in manifests) == [(5, 3), (12, 2)]
     assert fingerprint(folder / "head-cut") == fingerprint(folder / "head-1")
+    resizes = len(set(fingerprint(folder / "head-1")["tables"])) - 1
+    for size, before in ((3, None), (2, 3)):
+        record_run(processes=size, resumed_from=before, resizes=resizes, **HEAD)

@@ -76,7 +76,7 @@ def test_run_moves_ranks_and_its_adapter_is_read_back(alone):
         assert (trained[f"{prefix}.{part}"] - own).abs().max() > 1e-4
 
 
-def test_resumed_on_two_processes_under_zero3_with_offload(start, alone):
+def test_resumed_on_two_processes_under_zero3_with_offload(start, alone, record_run):
     """In a copy of the run's folder as it was after the checkpoint; what lies beyond it is done again."""
     run = alone[0].with_name("resumed")
     shutil.copytree(alone[0], run)
@@ -89,7 +89,13 @@ def test_resumed_on_two_processes_under_zero3_with_offload(start, alone):
         "deepspeed=zero3_offload",
         "gradient_checkpointing=true",
     )
-    assert fingerprint(run) == fingerprint(alone[0])
+    found = fingerprint(alone[0])
+    assert fingerprint(run) == found
+    ran = {"method": "elalora", "family": "PaliGemma-2", "resizes": len(set(found["tables"])) - 1}
+    features = ["lora_dropout", "targets", "task: image_text_to_text"]
+    record_run(processes=1, features=features, **ran)
+    offload = {"base_zero": 3, "base_offload": "cpu", "optimizer_offload": True}
+    record_run(processes=2, resumed_from=1, features=["gradient_checkpointing", *features], **offload, **ran)
 
 
 METHODS = {

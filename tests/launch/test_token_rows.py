@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.full]
 SETTINGS = {"trainable_tokens": ["+", "=", " ", "1", 77], "max_steps": 10, "eval_steps": 5, "save_steps": 5}
 
 
-def test_trained_token_rows_give_the_same_bits_everywhere(tmp_path):
+def test_trained_token_rows_give_the_same_bits_everywhere(tmp_path, record_run):
     """On tied embeddings: the rows act at both ends. The run's own end compares its logits with PEFT's."""
     write_run(tmp_path)
     save_tiny_llama(tmp_path / "model", tied=True)
@@ -35,3 +35,9 @@ def test_trained_token_rows_give_the_same_bits_everywhere(tmp_path):
     train("cut", 2, "deepspeed=zero3_offload", "gradient_checkpointing=true", "resume_from_checkpoint=auto")
     assert "resumed from" in (tmp_path / "output-0.txt").read_text()
     assert fingerprint(tmp_path / "cut") == alone
+    used = {"method": "elalora", "resizes": len(set(alone["tables"])) - 1}
+    features = ["lora_dropout", "trainable_tokens"]
+    record_run(processes=1, features=features, **used)
+    record_run(processes=2, features=features, base_zero=3, **used)
+    offload = {"base_zero": 3, "base_offload": "cpu", "optimizer_offload": True}
+    record_run(processes=2, resumed_from=1, features=["gradient_checkpointing", *features], **offload, **used)
