@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from huggingface_hub import ModelCardData
 
 from ardtrain import __version__
 from ardtrain.config import RunConfig
+from ardtrain.config.evaluation import best_metric
+from ardtrain.config.models import is_greater_better
 from ardtrain.data_sources import is_hub, parse_hub
 from ardtrain.faults import replace_file
 
@@ -25,7 +28,6 @@ _PIPELINES = {
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
-_FIGURES = ("step", "loss", "eval_loss", "eval_perplexity", "eval_accuracy", "eval_exact_match", "eval_f1", "eval_mcc")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def card_text(d: Described) -> str:
         "**Licence: to be filled in above (`license`).** The base model's terms bind what is made of it.",
         _use(d, base),
         "## Ranks\n\n" + _ranks(d.ranks),
-        "## Figures\n\n" + _figures(d.run_dir / "metrics.jsonl", d.step),
+        "## Figures\n\n" + _figures(d.run_dir / "metrics.jsonl", d.step, config),
         *(["## Classes\n\n" + ", ".join(d.labels)] if d.labels else []),
         "## Checks\n\n" + "\n".join(f"- {line}" for line in (*d.checks, *_quantized(config))),
         "## Settings and versions\n\n" + _settings(d),
@@ -125,8 +127,11 @@ def _ranks(ranks: Mapping[str, int]) -> str:
     )
 
 
-def _figures(path: Path, step: int) -> str:
-    """The last training loss and the first, best and last evaluation up to a step."""
+def _figures(path: Path, step: int, config: RunConfig) -> str:
+    """The last training loss and the first, best and last evaluation up to a step, with all that each measured.
+
+    Best is by the run's metric_for_best_model, as its file `best` is.
+    """
     lines = [line for line in _json_lines(path) if line.get("step", 0) <= step]
     losses = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
@@ -135,16 +140,26 @@ def _figures(path: Path, step: int) -> str:
         chosen["last logged step"] = losses[-1]
     if evaluations:
         chosen["first evaluation"] = evaluations[0]
-        chosen["best evaluation"] = min(evaluations, key=lambda line: line["eval_loss"])
+        metric = f"eval_{best_metric(config.metric_for_best_model)}"
+        judged = [line for line in evaluations if _is_finite(line.get(metric))]
+        if judged:
+            best = max if is_greater_better(config) else min  # of equal ones the first, as `best` has it
+            chosen[f"best evaluation (by {metric})"] = best(judged, key=lambda line: line[metric])
         chosen["last evaluation"] = evaluations[-1]
     if not chosen:
         return "The run's metrics.jsonl has no line up to this step."
-    names = [name for name in _FIGURES if any(isinstance(line.get(name), int | float) for line in chosen.values())]
+    measured = dict.fromkeys(name for line in chosen.values() for name in line if name.startswith("eval_"))
+    shown = ("step", "loss", *measured)
+    names = [name for name in shown if any(isinstance(line.get(name), int | float) for line in chosen.values())]
     table = [f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     for title, line in chosen.items():
         cells = [f"{value:.6g}" if isinstance(value := line.get(n), int | float) else "" for n in names]
         table.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(table)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

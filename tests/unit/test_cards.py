@@ -1,6 +1,7 @@
 """Model cards: a YAML head that the hub reads, ranks and figures, no path of this machine; and the road to the hub."""
 
 import json
+import math
 
 import huggingface_hub
 import pytest
@@ -45,9 +46,21 @@ def test_ranks_figures_and_no_paths(tmp_path):
     text = card_text(described(tmp_path))
     assert "| q_proj | 2 | 3 | 4.00 | 5 | 8 |" in text and "Total rank 10, largest 5" in text
     assert "| last logged step | 16 | 1.5 |" in text and "0.25" not in text  # step 24 came after the checkpoint
-    assert "| best evaluation | 8 |  | 2.25 | 0.5 |" in text and "| last evaluation | 16 |  | 2.75 |" in text
+    assert "| best evaluation (by eval_loss) | 8 |  | 2.25 | 0.5 |" in text
+    assert "| last evaluation | 16 |  | 2.75 |" in text
     assert "- logits compared" in text and "no, yes" in text and "torch 2.0" in text
     assert str(tmp_path) not in text and "`model`" in text and "train.jsonl" in text
+
+
+def test_best_is_by_the_runs_metric_and_all_that_was_measured_is_shown(tmp_path):
+    card = described(tmp_path, metric_for_best_model="rougeL", eval_steps=8, save_steps=8)
+    lines = [{"step": 8, "eval_loss": 2.25, "eval_rougeL": 0.25, "eval_chat_loss": 2.125},
+             {"step": 12, "eval_loss": 2.375, "eval_rougeL": 0.5, "eval_chat_loss": 2.0},
+             {"step": 16, "eval_loss": 2.5, "eval_rougeL": math.nan, "eval_chat_loss": 1.75}]  # fmt: skip
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = card_text(card)
+    assert "| | step | eval_loss | eval_rougeL | eval_chat_loss |" in text
+    assert "| best evaluation (by eval_rougeL) | 12 | 2.375 | 0.5 | 2 |" in text
 
 
 def test_the_cache_of_the_hub_knows_the_name(tmp_path):
