@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 USAGE = """usage: ardtrain [train] CONFIG [a.b=c ...]   train, or resume (resume_from_checkpoint=auto)
        ardtrain train CONFIG --rehearse [a.b=c ...]
@@ -58,12 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ardtrain {__version__}")
         return 0
     verbs = _verbs()
-    verb = rest.pop(0) if rest and rest[0] in verbs else "train"
+    is_named = bool(rest) and rest[0] in verbs
+    verb = rest.pop(0) if is_named else "train"
     if {"-h", "--help"} & set(rest):
         return _help(verb, verbs[verb])
     from ardtrain.config import ConfigError
 
     try:
+        if not is_named and rest:
+            _refuse_misspelt_verb(rest[0], verbs)
         return verbs[verb](rest)
     except ConfigError as error:
         _tell_mistakes(verb, error.errors)
@@ -90,6 +93,18 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "suggest": _suggest,
         "schema": _schema,
     }
+
+
+def _refuse_misspelt_verb(word: str, verbs: Iterable[str]) -> None:
+    """A word that is no file and looks like no path, where a config may stand. Raises ConfigError."""
+    if word.isalpha() and not os.path.exists(word):
+        import difflib
+
+        from ardtrain.config import ConfigError
+
+        near = difflib.get_close_matches(word, list(verbs), n=1)
+        guess = f"did you mean `ardtrain {near[0]}`?" if near else "`ardtrain --help` lists the verbs"
+        raise ConfigError([f"{word} is neither a verb nor a config that exists; {guess}"])
 
 
 def _help(verb: str, run: Callable[[list[str]], int]) -> int:

@@ -17,6 +17,7 @@ from ardtrain.compare.tables import markdown_text, table_rows
 from ardtrain.config import ConfigError
 from ardtrain.faults import replace_file
 
+_REMEDY = "name the one in the suite's output_dir, or a committed one"
 _KEY = re.compile(r"(\S+) lr (\S+) seed (\d+) (tune|test)")
 
 
@@ -66,7 +67,9 @@ def read_record(path: Path) -> tuple[Suite, Outcomes]:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise ConfigError([f"{path}: no results.json of a suite ({type(error).__name__}: {error})"]) from error
+        raise ConfigError(
+            [f"{path}: no results.json of a suite ({type(error).__name__}: {error}); {_REMEDY}"]
+        ) from error
     return suite, outcomes
 
 

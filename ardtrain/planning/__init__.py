@@ -7,11 +7,7 @@ import json
 from collections.abc import Sequence
 
 from ardtrain.config import ConfigError
-from ardtrain.planning.advice import suggestions
 from ardtrain.planning.hardware import GPUS, machine_of
-from ardtrain.planning.plan import make_plan, to_json
-from ardtrain.planning.text import constants, render
-from ardtrain.preflight import read_run_config
 
 DEFAULT_GPU = "h100"
 
@@ -40,6 +36,11 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--constants", action="store_true", help="print what plans rest on, with sources")
     given = parser.parse_intermixed_args(arguments)
+    from ardtrain.planning.advice import suggestions  # not before --help: these bring torch and transformers
+    from ardtrain.planning.plan import make_plan, to_json
+    from ardtrain.planning.text import constants, render
+    from ardtrain.preflight import read_run_config
+
     if given.constants:
         print(constants())
         return 0

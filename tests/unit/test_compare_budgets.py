@@ -142,7 +142,7 @@ def test_failed_runs_come_back_from_a_record(tmp_path):
     ("arguments", "words"),
     [
         ([], "which results.json"),
-        (["none.json"], "none.json: no results.json of a suite"),
+        (["none.json"], "in the suite's output_dir"),
         (["a.json", "b.json"], "b.json: --table takes"),
         (["empty.json"], "empty.json: no results.json of a suite .KeyError: 'settings'"),
     ],

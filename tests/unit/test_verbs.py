@@ -45,7 +45,7 @@ def test_these_start_without_torch(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(starter_text(task="sft", model="m", method="elalora", data="t", eval_data="e"))
     calls = [
-        ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS if verb not in ("plan", "doctor")),
+        ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS if verb != "doctor"),
         ["validate", str(config), "--schema-only"], ["status", str(tmp_path / "run")], ["schema"],
         ["ranks", str(tmp_path / "run")], ["new", "--task", "sft", "--model", "m"],
         ["report", str(tmp_path / "run")],
@@ -69,6 +69,20 @@ def test_the_module_runs_as_a_command():
         [sys.executable, "-m", "ardtrain", "--version"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.stdout == f"ardtrain {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("exprt", "exprt is neither a verb nor a config that exists; did you mean `ardtrain export`?"),
+        ("init", "init is neither a verb nor a config that exists; `ardtrain --help` lists the verbs"),
+        ("none.yaml", "config none.yaml cannot be read"),
+    ],
+)
+def test_a_misspelt_verb_is_no_config(tmp_path, monkeypatch, capsys, word, said):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([word, "runs/a"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_schema_only_finds_mistakes_of_settings_alone(tmp_path, capsys):
