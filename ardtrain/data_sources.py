@@ -85,7 +85,10 @@ def check_source(path: str) -> None:
     if not os.path.exists(path):
         if glob.has_magic(path):
             raise ValueError(f"data file {path!r} is a pattern; list the files, their order is part of the run")
-        raise ValueError(f"data file {path!r} does not exist; correct data.train_file (or eval_file, allocation_file)")
+        raise ValueError(
+            f"data file {path!r} does not exist; correct data.train_file (or eval_file, allocation_file, the source's "
+            "file)"
+        )
     if os.path.isdir(path):
         raise ValueError(
             f"data file {path!r} is a folder; list its files, their order is part of the run (or, for a "

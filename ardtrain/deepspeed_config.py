@@ -30,6 +30,7 @@ ADAPTER_BYTES_PER_NUMBER = 12  # fp32 master and two Adam moments
 _ADAM_AS_OURS = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}  # other values are another optimizer
 _ADAM_KERNELS = ("torch_adam", "foreach", "fused")  # which kernel: offload_optimizer_kernel says it here
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # deepspeed/monitor/config.py
 _BATCH = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -238,6 +239,16 @@ def _take_dtype(taker: _Taker, source: dict[str, Any]) -> None:
             taker.notes.append(f"deepspeed.fp16.{', '.join(block)}: no effect; the loss scaler is ours (powers of two)")
 
 
+def _leave_out_monitors(source: dict[str, Any], errors: list[str], notes: list[str]) -> None:
+    """DeepSpeed's monitor writes when its engine steps, which a frozen base's never does; W&B's would open a run."""
+    for name in _MONITORS:
+        if _block(source, name, errors).get("enabled"):
+            notes.append(
+                f"deepspeed.{name}: no effect, the base's engine takes no step; use report_to (tensorboard, wandb), "
+                "or `ardtrain report RUN --figures FOLDER` for CSV"
+            )
+
+
 def split_deepspeed(
     config: RunConfig, *, world_size: int, trainable_numbers: int | None = None, sizes: WeightSizes | None = None
 ) -> DeepSpeedPlan:
@@ -257,6 +268,7 @@ def split_deepspeed(
         return _full_plan(config, notes, world_size=world_size, trainable_numbers=trainable_numbers, sizes=sizes)
     source = copy.deepcopy(config.deepspeed) if isinstance(config.deepspeed, dict) else {}
     errors: list[str] = []
+    _leave_out_monitors(source, errors, notes)
     zero = _block(source, "zero_optimization", errors)
     stage = zero.pop("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):

@@ -94,6 +94,15 @@ def test_stage_3_keys_go_to_the_backbone_and_unknown_ones_are_noted():
     ]
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "csv_monitor", "comet"])
+def test_monitors_of_an_engine_without_steps_are_left_out_and_told(name):
+    plan = plan_of({**zero(3), name: {"enabled": True, "output_path": "x"}})
+    assert name not in plan.backbone and name not in plan.adapter
+    assert len(plan.notes) == 1 and plan.notes[0].startswith(f"deepspeed.{name}: no effect, the base's engine takes no")
+    plan = plan_of({**zero(3), name: {"enabled": False}})
+    assert not plan.notes and name not in plan.backbone
+
+
 def test_nodes_of_hpz_must_divide_the_processes():
     config = config_of(zero(3, zero_hpz_partition_size=4))
     for processes in (1, 2, 4, 8):  # fewer than a node has are one node
