@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from ardtrain import checkpoint, export, preflight
 from ardtrain.backbones import DTYPES
 from ardtrain.cards import Described, write_card
-from ardtrain.config import ConfigError
+from ardtrain.config import ConfigError, RunConfig
 from ardtrain.publishing import check_hub, push
 from ardtrain.quantized import dequantize_modules
 from ardtrain.trained import Trained, available_bytes, bound_model, load_base, logits_of, open_trained, probe_inputs
@@ -20,7 +21,7 @@ MEMORY_SHARE = 1.25  # of the base's bytes: it, one layer's workspace, and Pytho
 
 def export_command(arguments: list[str]) -> int:
     """`ardtrain export ...`; returns the exit code. Raises ConfigError."""
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = _parser().read(arguments)
     if options.push_to_hub:
         check_hub(options.push_to_hub)
     trained = open_trained(options.run, overrides)
@@ -42,11 +43,21 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--push-to-hub", metavar="REPO")
         self.add_argument("--private", action="store_true")  # of a repository that is made now
 
+    def read(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Options, and overrides of settings. Raises ConfigError where a `--name` is neither."""
+        options, overrides = self.parse_known_args(arguments)
+        known = [name for action in self._actions for name in action.option_strings]
+        for name in (word.partition("=")[0] for word in overrides if word.startswith("--")):
+            if name[2:].partition(".")[0] not in RunConfig.model_fields:
+                near = difflib.get_close_matches(name, known, n=1)
+                self.error(f"{name}: is no option here" + (f"; did you mean {near[0]}?" if near else ""))
+        return options, overrides
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError([f"{self.prog}: {message}; {self.prog} --help has an example"])
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Arguments:
     parser = Arguments("export")
     parser.add_argument("--to", choices=["peft"], default="peft")
     parser.add_argument("--out", metavar="DIR")

@@ -5,7 +5,6 @@ File by file and never whole in memory (merged_files.py); config, tokenizer and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -85,7 +84,7 @@ def _classify(path: Path, trained: Trained, model: PreTrainedModel) -> None:
 
 def merge_command(arguments: list[str]) -> int:
     """`ardtrain merge ...`; returns the exit code. Raises ConfigError."""
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = _parser().read(arguments)
     if options.push_to_hub:
         check_hub(options.push_to_hub)
     out = Path(options.out)
@@ -99,7 +98,7 @@ def merge_command(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Arguments:
     parser = Arguments("merge")
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--check", action="store_true")

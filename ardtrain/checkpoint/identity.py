@@ -57,7 +57,7 @@ def compare(stored: Mapping[str, Any], identity: Identity, path: Path) -> list[s
     wrong += _other_weights(stored.get("weights") or {}, own["weights"])
     if wrong:
         raise OtherRunError(
-            f"{path} was written by another run: {'; '.join(wrong)}. Resume with the same, or start in a new output_dir"
+            f"{path} was written by another run: {'; '.join(wrong)}; give the same again, or take a new output_dir"
         )
     for what in ("changeable", "versions"):
         if stored.get(what):

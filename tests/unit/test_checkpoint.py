@@ -161,7 +161,7 @@ def test_every_setting_that_differs_is_named_with_both_values(saved):
     assert str(caught.value) == (
         f"{path} was written by another run: method: the checkpoint has 'elalora', this run 'adalora'; "
         "r: the checkpoint has 4, this run 8; target_modules: the checkpoint has ['q_proj', 'v_proj'], this run "
-        "['q_proj']; elalora.k: the checkpoint has 2, this run 3. Resume with the same, or start in a new output_dir"
+        "['q_proj']; elalora.k: the checkpoint has 2, this run 3; give the same again, or take a new output_dir"
     )
 
 

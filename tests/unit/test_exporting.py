@@ -121,6 +121,14 @@ def test_products_are_compared_without_the_base(tmp_path, kind, uniform, monkeyp
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("verb", ["export", "merge"])
+def test_a_misspelt_option_is_no_setting(capsys, verb):
+    assert main([verb, "runs/a", "--out", "x", "--pushto-hub", "me/it"]) == 2
+    assert "--pushto-hub: is no option here; did you mean --push-to-hub?" in capsys.readouterr().err
+    assert main([verb, "nowhere", "--out", "x", "--per_device_eval_batch_size", "2"]) == 2  # a setting
+    assert "nowhere is neither a run's folder" in capsys.readouterr().err
+
+
 def test_what_is_not_there_or_of_another_base_is_refused(tmp_path):
     run_dir = make_run(tmp_path, **PLAIN)
     with pytest.raises(ConfigError, match="neither a run's folder with a complete checkpoint nor a checkpoint"):
