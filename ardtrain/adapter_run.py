@@ -356,20 +356,22 @@ class AdapterRun(Session):
             base = self.load_base()
             dequantize_modules(base)  # the same numbers, in linears that PEFT knows
             difference = export.compare_with_peft(building, base, inputs, logits)
-            limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
-            check = f"PEFT's logits: {difference:.1e} off"
+            largest = float(logits.abs().max())
+            limit = export.LOGIT_TOLERANCE[dtype] * max(1.0, largest)
+            check, scale = f"PEFT's logits: {difference:.1e} off", f"logits up to {largest:.2f}, "
         else:
             form, limit = preflight.adapter_form(self.config), export.PRODUCT_TOLERANCE
             difference = export.compare_products(
                 building, master, self.arena.layout, form=form, heads=shape.heads, gates=gates
             )
             check = f"base too large to run through PEFT; each matrix's product: {difference:.1e} off, as a share"
+            scale = ""
         if not difference <= limit:
             raise RuntimeError(
                 f"the exported adapter, {check} training's, which is more than {limit:.2e}; it was left in {building} "
                 "and not published"
             )
-        self._write_card(building, f"{check} training's ({dtype})")
+        self._write_card(building, f"{check} training's ({scale}{dtype})")
         checkpoint.remove_folder(final)
         building.rename(final)
         return check

@@ -234,4 +234,6 @@ def test_a_checkpoint_of_a_real_run_exports_the_bytes_that_training_wrote(tmp_pa
     assert last == (tmp_path / "12" / "adapter_model.safetensors").read_bytes()
     what = "PEFT's logits: " if base_fits else "base too large to run through PEFT; each matrix's product: "
     assert f"adapter ({what}" in done.stdout + done.stderr
-    assert "| last logged step | 12 |" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    scale = r"\(logits up to \d+\.\d\d, fp32\)" if base_fits else r", as a share training's \(fp32\)"
+    assert "| last logged step | 12 |" in card and re.search(scale, card)
