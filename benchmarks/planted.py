@@ -8,7 +8,8 @@ components as were planted, which is also what uniform LoRA gets. Figures, over 
 planted, data, run), each with its 95 % bootstrap interval:
 
 - kl: held-out KL(teacher || student), nats a position; recovered: 1 - kl / kl of the base;
-- gain: (kl of uniform LoRA - kl) / (kl of uniform LoRA - kl of the oracle); the oracle is LoRA with the planted ranks;
+- gain: (kl of uniform LoRA - kl) / (kl of uniform LoRA - kl of the oracle); the oracle is LoRA with the planted ranks (with
+  --times: those times it);
 - auc: chance that a changed site ends with a higher rank than an unchanged one; covered: share of planted components
   for which their site has one.
 
@@ -80,6 +81,12 @@ class Settings:
     rows: int
     length: int
     elalora: dict[str, int | float]  # its block; steps as fractions of the run
+    budget: float = 1.0  # components of every method beside what is planted
+
+    @property
+    def given(self):
+        """Uniform rank of the budget; r is that of what is planted."""
+        return max(1, round(self.r * self.budget))
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class Problem:
     @cached_property
     def matrices(self):
         """Sites that are whole matrices; scaling 2 whatever the ranks."""
-        r = self.settings.r
+        r = self.settings.given
         sites, _ = find_sites(
             self.base(), target_modules=LEVELS[self.settings.level][0], exclude_modules=None, r=r, lora_alpha=2.0 * r,
             tower_settings={},
@@ -118,7 +125,7 @@ class Problem:
     @cached_property
     def sites(self):
         """[S] where ranks are planted: matrices, or heads."""
-        return split_heads(self.matrices, [self.settings.r] * len(self.matrices), self.heads)[0]
+        return split_heads(self.matrices, [self.settings.given] * len(self.matrices), self.heads)[0]
 
     @property
     def costs(self):
@@ -127,7 +134,7 @@ class Problem:
     @property
     def uniform_numbers(self):
         """What uniform LoRA trains; oracle and planted total are within 2 % of it."""
-        return self.settings.r * sum(self.costs)
+        return self.settings.given * sum(self.costs)
 
     @cached_property
     def planted(self):
@@ -244,7 +251,7 @@ def adalora(problem, table):
     first, last = phases(steps)
     return AdaLora(
         AdaLoraSettings(
-            total_steps=steps, target_r=problem.settings.r, tinit=first, tfinal=last, deltaT=max(1, steps // 60),
+            total_steps=steps, target_r=problem.settings.given, tinit=first, tfinal=last, deltaT=max(1, steps // 60),
             beta1=0.85, beta2=0.85,
             orth_reg_weight=problem.settings.elalora["reg_orth_coef"] if problem.settings.level == "matrix" else 0.0,
             reg_orth_form="mean_norm", compact="freeze",
@@ -265,7 +272,7 @@ def alora(problem, table):
 
 def ard_lora(problem, table):
     """One alpha a site; ranks may grow to the largest planted one, 4 times the first."""
-    steps, r = problem.settings.steps, problem.settings.r
+    steps, r = problem.settings.steps, problem.settings.given
     first, last = phases(steps)
     return ArdLora(
         ArdLoraSettings(
@@ -295,17 +302,22 @@ def probe_lora(problem, table, **changes):
     return ProbeLora(ProbeLoraSettings(**given | changes), table)
 
 
+def scaled(problem):
+    """[S] the planted ranks, as many as the budget allows."""
+    return [round(rank * problem.settings.budget) for rank in problem.planted]
+
+
 LORA_RATES, SVD_RATES = (5e-3, 1e-2, 2e-2), (5e-2, 8e-2, 1.2e-1)
 METHODS = {
     "lora": Entry(lora, LORA_RATES),
-    "oracle": Entry(lora, LORA_RATES, ranks=lambda problem: problem.planted),
+    "oracle": Entry(lora, LORA_RATES, ranks=scaled),
     # What is left of the oracle to a method that leaves every site rank 1 (ElaLoRA, ARD-LoRA).
-    "oracle_floor": Entry(lora, LORA_RATES, ranks=lambda p: with_floor(p.planted, sum(p.planted))),
+    "oracle_floor": Entry(lora, LORA_RATES, ranks=lambda p: with_floor(scaled(p), sum(scaled(p)))),
     "lora_matrix": Entry(lora, LORA_RATES, whole=True),
     "dora": Entry(lambda problem, table: Dora(), LORA_RATES, form="dora", whole=True),
     "random": Entry(random_moves, SVD_RATES),
     "elalora": Entry(elalora, SVD_RATES),
-    "adalora": Entry(adalora, SVD_RATES, ranks=lambda p: [p.settings.r * 3 // 2] * len(p.sites)),
+    "adalora": Entry(adalora, SVD_RATES, ranks=lambda p: [p.settings.given * 3 // 2] * len(p.sites)),
     "alora": Entry(alora, LORA_RATES),
     "ard_lora": Entry(ard_lora, LORA_RATES),
     "probe_lora": Entry(probe_lora, LORA_RATES),
@@ -329,11 +341,11 @@ def first_table(problem, name):
     name, _, numbers = name.partition("@")
     entry = METHODS[name]
     if not (entry.whole or numbers):
-        ranks = entry.ranks(problem) if entry.ranks else [problem.settings.r] * len(problem.sites)
+        ranks = entry.ranks(problem) if entry.ranks else [problem.settings.given] * len(problem.sites)
         return entry, RankTable.start(problem.sites, ranks)
     sites = problem.matrices if entry.whole else problem.sites
     dense = sum(d.rows * d.columns for d in entry.build(problem, None).dense(sites)) if entry.whole else 0
-    left = int(numbers or problem.settings.r * sum(problem.costs)) - dense
+    left = int(numbers or problem.settings.given * sum(problem.costs)) - dense
     generator = torch.Generator().manual_seed(named_seed("planted even", problem.seed))
     return entry, RankTable.start(sites, even_ranks(costs_of(sites), left, generator))
 
@@ -434,7 +446,7 @@ class Runs:
         self.done, self.bases, self._problem = {}, {}, None
         if out and Path(out).exists():
             kept = json.loads(Path(out).read_text())
-            if kept["settings"] != asdict(settings):
+            if {"budget": 1.0} | kept["settings"] != asdict(settings):
                 raise ValueError(f"{out} holds runs of other settings; remove it or name another file")
             self.done, self.bases = kept["runs"], kept["bases"]
 
@@ -510,6 +522,9 @@ def main():
         help="parameters: where a method ends over 2 %% apart, gains count from uniform LoRA with as many numbers",
     )  # fmt: skip
     options.add_argument("--r", type=int, help="uniform rank")
+    options.add_argument(
+        "--times", type=float, default=1.0, help="components that every method gets beside the planted"
+    )
     options.add_argument("--nats", type=float, default=0.2, help="KL(teacher || base) that is aimed at")
     options.add_argument("--grains", type=int, default=2)
     options.add_argument("--rows", type=int, default=4, help="of a grain")
@@ -523,6 +538,7 @@ def main():
     settings = Settings(
         level=arguments.level, steps=arguments.steps, r=arguments.r or LEVELS[arguments.level][1], nats=arguments.nats,
         grains=arguments.grains, rows=arguments.rows, length=arguments.length, elalora=ELALORA | arguments.elalora,
+        budget=arguments.times,
     )  # fmt: skip
     world = join_world()
     if world.world_size != 1:
