@@ -8,8 +8,8 @@ components as were planted, which is also what uniform LoRA gets. Figures, over 
 planted, data, run), each with its 95 % bootstrap interval:
 
 - kl: held-out KL(teacher || student), nats a position; recovered: 1 - kl / kl of the base;
-- gain: (kl of uniform LoRA - kl) / (kl of uniform LoRA - kl of the oracle); the oracle is LoRA with the planted ranks (with
-  --times: those times it);
+- gain: (kl of uniform LoRA - kl) / (kl of uniform LoRA - kl of the oracle); the oracle is LoRA with the planted ranks
+  (with --times: those times it);
 - auc: chance that a changed site ends with a higher rank than an unchanged one; covered: share of planted components
   for which their site has one.
 
