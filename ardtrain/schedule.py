@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 LrSchedule = Literal["linear", "cosine", "constant"]
@@ -43,21 +44,28 @@ def reallocates(step: int, *, total_steps: int, init_warmup: int, final_warmup: 
     return init_warmup < step < total_steps - final_warmup and (step - init_warmup) % interval == 0
 
 
-def moved_components(
-    step: int,
-    *,
-    b: int,
-    total_steps: int,
-    init_warmup: int,
-    final_warmup: int,
-    mask_interval: int,
-    enable_scheduler: bool,
-) -> int:
-    """Components to move after this step by ElaLoRA's schedule, b or b(t) at its event steps, else 0."""
-    span = {"total_steps": total_steps, "init_warmup": init_warmup, "final_warmup": final_warmup}
-    if not reallocates(step, **span, interval=mask_interval):
-        return 0
-    return cubic_budget(step, amount=b, **span) if enable_scheduler else b
+@dataclass(frozen=True)
+class MoveSchedule:
+    """When components move and how many, ElaLoRA's way. b: most in one event; phases and interval: optimizer steps."""
+
+    total_steps: int
+    b: int
+    init_warmup: int
+    final_warmup: int
+    mask_interval: int
+    enable_scheduler: bool
+
+    def amount(self, step: int) -> int:
+        """Components to move after this step: b, or with the scheduler b(t), at event steps, else 0."""
+        phases = {"total_steps": self.total_steps, "init_warmup": self.init_warmup, "final_warmup": self.final_warmup}
+        if not reallocates(step, **phases, interval=self.mask_interval):
+            return 0
+        return cubic_budget(step, amount=self.b, **phases) if self.enable_scheduler else self.b
+
+    @property
+    def adapt_end(self) -> int:
+        """Steps done from which on ranks stay."""
+        return self.total_steps - self.final_warmup
 
 
 LOSS_SCALE_START = 2.0**16

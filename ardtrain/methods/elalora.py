@@ -16,29 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ardtrain import schedule
 from ardtrain.methods.base import FixedRank, Needs, StateKind, Statistics
 from ardtrain.methods.diagonal import diagonal_entries, first_rows, orthogonality_penalty
 from ardtrain.methods.sensitivity import component_scores, observe_sensitivity
 from ardtrain.methods.towers import allocate_by
 from ardtrain.ranks import Integers, RankPlan, RankTable, Site, prune_and_grow
+from ardtrain.schedule import MoveSchedule
 
 
 @dataclass(frozen=True)
-class ElaLoraSettings:
+class ElaLoraSettings(MoveSchedule):
     """The method's block of the config, field for field, and the run's length.
 
-    b: most components moved in one event; k: most per site; init_warmup, final_warmup, mask_interval: optimizer steps.
-    per_tower: each tower keeps its total and has its own b.
+    k: most components moved per site in one event. per_tower: each tower keeps its total and has its own b.
     """
 
-    total_steps: int
-    b: int
     k: int
-    init_warmup: int
-    final_warmup: int
-    mask_interval: int
-    enable_scheduler: bool
     beta1: float
     beta2: float
     reg_orth_coef: float
@@ -94,24 +87,11 @@ class ElaLora(FixedRank):
             return
         observe_sensitivity(self.binding, statistics, beta1=s.beta1, beta2=s.beta2)
 
-    def amount(self, step: int) -> int:
-        """b(t): components to move at this step, 0 for none."""
-        s = self.settings
-        return schedule.moved_components(
-            step,
-            b=s.b,
-            total_steps=s.total_steps,
-            init_warmup=s.init_warmup,
-            final_warmup=s.final_warmup,
-            mask_interval=s.mask_interval,
-            enable_scheduler=s.enable_scheduler,
-        )
-
     def due(self, step: int) -> bool:
-        return self.amount(step) > 0
+        return self.settings.amount(step) > 0
 
     def adapt_end(self) -> int:
-        return self.settings.total_steps - self.settings.final_warmup
+        return self.settings.adapt_end
 
     def local_scores(self, step: int) -> Tensor | None:
         state, table = self.binding.state, self.binding.table
@@ -124,7 +104,7 @@ class ElaLora(FixedRank):
 
         def allocate(table: RankTable, own: Integers) -> RankPlan | None:
             kept = None if immune is None else immune[own]
-            return reallocate(table, values[own], b=self.amount(step), k=s.k, allow_swap=s.allow_swap, immune=kept)
+            return reallocate(table, values[own], b=s.amount(step), k=s.k, allow_swap=s.allow_swap, immune=kept)
 
         return allocate_by(self.binding.table, allocate, per_tower=s.per_tower)
 

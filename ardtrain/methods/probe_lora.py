@@ -16,28 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ardtrain import schedule
 from ardtrain.methods.base import Binding, Needs, StateKind, Statistics
 from ardtrain.methods.lora import Lora
 from ardtrain.methods.probing import Candidates, Prober
 from ardtrain.methods.sensitivity import component_scores, observe_sensitivity, row_sums
 from ardtrain.methods.towers import allocate_by
 from ardtrain.ranks import Integers, RankPlan, RankTable, Site, prune_and_grow
+from ardtrain.schedule import MoveSchedule
 
 
 @dataclass(frozen=True)
-class ProbeLoraSettings:
+class ProbeLoraSettings(MoveSchedule):
     """The method's block of the config, field for field, and the run's length. b and the schedule: as ElaLoRA's.
 
     per_tower: each tower keeps its total and has its own b.
     """
 
-    total_steps: int
-    b: int
-    init_warmup: int
-    final_warmup: int
-    mask_interval: int
-    enable_scheduler: bool
     probes: Literal["ride", "separate"]
     probe_components: int
     probe_steps: int
@@ -86,7 +80,7 @@ class ProbeLora(Lora):
 
     def observe(self, step: int, statistics: Statistics) -> None:
         s = self.settings
-        if step >= self.adapt_end():
+        if step >= s.adapt_end:
             return
         if s.prune_by == "sensitivity":
             observe_sensitivity(self.binding, statistics, beta1=s.beta, beta2=s.beta)
@@ -99,24 +93,11 @@ class ProbeLora(Lora):
             if part == "lora_B":  # sum over outputs of B dL/dB: the gradient of a gate on the component
                 gate[components] += (1.0 - s.beta) * row_sums(rows * gradients).double().square()
 
-    def amount(self, step: int) -> int:
-        """b(t): components to move at this step, 0 for none."""
-        s = self.settings
-        return schedule.moved_components(
-            step,
-            b=s.b,
-            total_steps=s.total_steps,
-            init_warmup=s.init_warmup,
-            final_warmup=s.final_warmup,
-            mask_interval=s.mask_interval,
-            enable_scheduler=s.enable_scheduler,
-        )
-
     def due(self, step: int) -> bool:
-        return self.amount(step) > 0
+        return self.settings.amount(step) > 0
 
     def adapt_end(self) -> int:
-        return self.settings.total_steps - self.settings.final_warmup
+        return self.settings.adapt_end
 
     def local_scores(self, step: int) -> Tensor | None:
         state, shard, total = self.binding.state, self.binding.shard, self.binding.table.total
@@ -142,7 +123,7 @@ class ProbeLora(Lora):
                 part,
                 values[own],
                 found.of(sites),
-                n=self.amount(step),
+                n=s.amount(step),
                 immune=None if immune is None else immune[own],
                 costs=costs if s.budget_in == "parameters" else None,
                 limit=int(costs @ self._first.rank_array[sites]),
