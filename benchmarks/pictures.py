@@ -68,16 +68,20 @@ def ids_of(tokenizer, texts):
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def make_model(vocabulary, *, size, patch, layers=4):
-    """SigLIP of 2 layers and Gemma-2 of `layers`, random; a token for each patch."""
+def make_model(vocabulary, *, size, patch, layers=4, mlp=4, window=16, spread=0.02):
+    """SigLIP of 2 layers and Gemma-2 of `layers`, random; a token for each patch.
+
+    mlp: widths of its hidden state that Gemma-2's MLP has; window: tokens back that every other layer of it sees;
+    spread: standard deviation of its first weights.
+    """
     vision = SiglipVisionConfig(
         hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=2, num_attention_heads=4, image_size=size,
         patch_size=patch, vision_use_head=False,
     )  # fmt: skip
     text = Gemma2Config(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
-        max_position_embeddings=256,
+        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=mlp * HIDDEN, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=window,
+        max_position_embeddings=256, initializer_range=spread,
     )  # fmt: skip
     return PaliGemmaForConditionalGeneration(
         PaliGemmaConfig(
@@ -156,8 +160,8 @@ def adapt(work, name, settings):
 
 
 @torch.no_grad()
-def generated(base, adapter, rows, folder):
-    """Exact match by kind of question, of answers that transformers' generate writes; adapter: a PEFT folder or None.
+def answered(base, adapter, rows, folder):
+    """Of each row, does transformers' generate write the answer? adapter: a PEFT folder or None.
 
     Rows with prompts of equal length go together.
     """
@@ -168,38 +172,48 @@ def generated(base, adapter, rows, folder):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     processor = SiglipImageProcessorPil.from_pretrained(base)
     by_length = defaultdict(list)
-    for row in rows:
+    for number, row in enumerate(rows):
         ids = tokenizer(row["prompt"] + "\n", add_special_tokens=False)["input_ids"]
-        by_length[len(ids)].append((row, [IMAGE_ID] * count + [BOS_ID, *ids]))
-    hits, counts = Counter(), Counter()
+        by_length[len(ids)].append((number, row, [IMAGE_ID] * count + [BOS_ID, *ids]))
+    hits = [False] * len(rows)
     for group in by_length.values():
         for start in range(0, len(group), 100):
             part = group[start : start + 100]
-            ids = torch.tensor([ids for _, ids in part])
-            pictures = [Image.open(folder / row["image"]).convert("RGB") for row, _ in part]
+            ids = torch.tensor([ids for _, _, ids in part])
+            pictures = [Image.open(folder / row["image"]).convert("RGB") for _, row, _ in part]
             out = model.generate(
                 input_ids=ids, pixel_values=processor(images=pictures, return_tensors="pt")["pixel_values"],
                 token_type_ids=torch.zeros_like(ids), attention_mask=torch.ones_like(ids), do_sample=False,
                 max_new_tokens=8,
             )  # fmt: skip
-            for (row, _), answer in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
+            for (number, row, _), answer in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
                 wanted = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], EOS_ID]
-                counts[row["type"]] += 1
-                hits[row["type"]] += answer[: len(wanted)] == wanted
-    by_type = {kind: hits[kind] / counts[kind] for kind in sorted(counts)}
-    return {"all": sum(hits.values()) / sum(counts.values()), **by_type}
+                hits[number] = answer[: len(wanted)] == wanted
+    return hits
 
 
-def most_frequent(train, dev):
-    """Exact match on dev of each kind of question's most frequent answer in train, over all and by kind."""
+def shares(rows, hits):
+    """Exact match over all rows and by kind of question."""
+    by_type = defaultdict(list)
+    for row, hit in zip(rows, hits, strict=True):
+        by_type[row["type"]].append(hit)
+    return {"all": sum(hits) / len(hits), **{kind: sum(own) / len(own) for kind, own in sorted(by_type.items())}}
+
+
+def generated(base, adapter, rows, folder):
+    """Exact match over all rows and by kind of question, of answers that transformers' generate writes."""
+    return shares(rows, answered(base, adapter, rows, folder))
+
+
+def frequent_hits(train, dev):
+    """Of each row of dev, is its answer the most frequent one of its kind of question in train?"""
     answers = defaultdict(Counter)
     for row in train:
         answers[row["type"]][row["completion"]] += 1
     best = {kind: counter.most_common(1)[0][0] for kind, counter in answers.items()}
-    hits = defaultdict(list)
-    for row in dev:
-        hits[row["type"]].append(best[row["type"]] == row["completion"])
-    return {
-        "all": sum(map(sum, hits.values())) / len(dev),
-        **{kind: sum(h) / len(h) for kind, h in sorted(hits.items())},
-    }
+    return [best[row["type"]] == row["completion"] for row in dev]
+
+
+def most_frequent(train, dev):
+    """Exact match on dev of each kind of question's most frequent answer in train, over all and by kind."""
+    return shares(dev, frequent_hits(train, dev))
