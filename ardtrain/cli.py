@@ -204,9 +204,9 @@ def _plan(arguments: list[str]) -> int:
     if not {"-h", "--help", "--constants"} & set(arguments):
         arguments = with_config(arguments, os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here touches a device
-    from ardtrain.planning import plan
+    from ardtrain.planning import plan_command
 
-    return plan(arguments)
+    return plan_command(arguments)
 
 
 def _fetch(arguments: list[str]) -> int:

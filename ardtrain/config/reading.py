@@ -243,7 +243,7 @@ def _lines(failure: ValidationError) -> list[str]:
 
 def _wrong_value(path: str, error: ErrorDetails, rule: str, description: str) -> str:
     value = error["input"]
-    shown = value if isinstance(value, str) else repr(value)
+    shown = value if isinstance(value, str) and value.isprintable() else repr(value)  # a mistake is one line
     quote = "; put it in quotes" if error["type"] == "string_type" and isinstance(value, int | float) else ""
     return f"{path}={shown} {rule}{quote}" + (f" ({description})" if description else "")
 

@@ -17,7 +17,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([f"{message}; see ardtrain plan --help"])
 
 
-def plan(arguments: Sequence[str]) -> int:
+def plan_command(arguments: Sequence[str]) -> int:
     """`ardtrain plan CONFIG ...`; 0: it fits, 1: it does not. Raises ConfigError."""
     parser = _Parser(
         prog="ardtrain plan",

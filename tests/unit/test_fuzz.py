@@ -3,7 +3,7 @@
 import json
 
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ardtrain.cli import main
@@ -66,6 +66,7 @@ def outcome(path, capsys):
 
 @FUZZ
 @given(changes=CHANGES)
+@example(changes=[("schema_version", "\x1e\r")])  # characters that end a line
 def test_no_config_gives_a_traceback(tmp_path, capsys, changes):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(BASE | dict(changes), allow_unicode=True))
