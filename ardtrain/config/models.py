@@ -133,7 +133,7 @@ class ProbeLoraBlock(Block):
     probe_components: int = Field(default=4, ge=1)
     """Probes of a site; it gains at most so many components in one reallocation."""
     probe_steps: int = Field(default=6, ge=2)
-    """Steps that look for a signal, and as many that look for its direction."""
+    """Steps that search a site's gradient, and as many that follow what was found and set it against its noise."""
     prune_by: Literal["gate", "sensitivity"] = "gate"
     """gate: average squared gradient of a factor on the component; sensitivity: ElaLoRA's score."""
     budget_in: Literal["components", "parameters"] = "components"
