@@ -183,6 +183,31 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def ask_main(self, answer: Callable[[], str | None]) -> str:
+        """What process 0 answers ("" for None), on every process; where it fails all raise, and none waits for it.
+
+        All processes must call this; `answer` is called on process 0 alone.
+
+        Raises:
+            ValueError: process 0's own, with the same text on the others. RuntimeError: of any other Exception.
+        """
+        kind, text = "answer", ""
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                text = answer() or ""
+            except ValueError as error:
+                kind, text, failure = "mistake", str(error), error
+            except Exception as error:  # whatever it is, all of them raise it below
+                name = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+                kind, text, failure = "failure", f"{name}{error}", error
+        kind, _, text = self.broadcast_text(f"{kind}\n{text}").partition("\n")
+        if kind == "mistake":
+            raise failure or ValueError(text)
+        if kind == "failure":
+            raise RuntimeError(text) from failure
+        return text
+
 
 @dataclass(frozen=True)
 class StepSum:

@@ -60,17 +60,18 @@ def known_of(
     Raises:
         ConfigError: on all, where a row holds none.
     """
-    known, problem = None, ""
-    if world.is_main:
-        try:
-            images = preflight.image_reader(config, tokenizer)
-            settings = preflight.held_out_settings(config, images=None if images is None else images.settings)
-            known = read_known(settings, ids, config.evaluation)
-        except ValueError as error:
-            problem = str(error)
-    problem = world.broadcast_text(problem)
-    if problem:
-        raise ConfigError([problem])
+    known: Known | None = None
+
+    def read() -> None:
+        nonlocal known
+        images = preflight.image_reader(config, tokenizer)
+        settings = preflight.held_out_settings(config, images=None if images is None else images.settings)
+        known = read_known(settings, ids, config.evaluation)
+
+    try:
+        world.ask_main(read)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     return known
 
 
@@ -118,7 +119,11 @@ class Answers:
         self._known = known_of(config, tokenizer, names_of(self._data), world=world)
 
     def __call__(self) -> dict[str, float]:
-        """Metric -> value, alike on every process: process 0 computes them. All processes must call this."""
+        """Metric -> value, alike on every process: process 0 computes them. All processes must call this.
+
+        Raises:
+            RuntimeError: on all, where one cannot be computed.
+        """
         tokens = answer_rows(
             self._module,
             self._data,
@@ -128,12 +133,21 @@ class Answers:
             sharded=self._sharded,
             between=self._between,
         )
-        text = ""
-        if self._known is not None:
+
+        def values() -> str:
+            assert self._known is not None
             answered = answered_by(tokens, self._known, self._tokenizer)
-            text = json.dumps({name: metric_value(name, answered) for name in self._config.generated_metrics})
-        values: dict[str, float] = json.loads(self._world.broadcast_text(text))  # a float's own digits come back
-        return values
+            return json.dumps({name: _value(name, answered) for name in self._config.generated_metrics})
+
+        found: dict[str, float] = json.loads(self._world.ask_main(values))  # a float's own digits come back
+        return found
+
+
+def _value(name: str, answered: Answered) -> float:
+    try:
+        return metric_value(name, answered)
+    except Exception as error:  # of a library; without the metric's name nobody knows which
+        raise RuntimeError(f"eval_metrics: {name} failed ({type(error).__name__}: {error})") from error
 
 
 def answered_by(tokens: Sequence[Sequence[int]], known: Known, tokenizer: PreTrainedTokenizerBase) -> Answered:

@@ -145,7 +145,7 @@ class Evaluation:
         self.ids = names_of(self.data)
 
     def execute(self, out: Path, target: Target) -> None:
-        """All processes must call this; process 0 writes."""
+        """All processes must call this; process 0 writes, and where it fails all end with its text."""
         start = time.monotonic()
         report = Report(self.bootstrap)
         known = self._known()
@@ -157,11 +157,13 @@ class Evaluation:
             if self.tasks is not None:
                 self._of_tasks(report, self.tasks)
             self.model.release()
-        if self.world.is_main:
+
+        def tell() -> None:
             report.write(out, self._head(target))
             write_status(out, "finished", self.model.step)  # a failure writes one too
             report.tell(out, seconds=time.monotonic() - start)
-        self.world.barrier("figures written")
+
+        self.world.ask_main(tell)
 
     def _known(self) -> Known | None:
         """References and groups, on process 0; read before anything is computed. All processes must call this."""
@@ -179,9 +181,9 @@ class Evaluation:
             num_classes=len(model.prepared.shape.labels),
             between=self.between,
         )
-        if self.world.is_main:
-            wanted = [name for name in self.metrics if name not in GENERATED]
-            report.held_out(held_out, rows, wanted, None if known is None else known.groups)
+        wanted = [name for name in self.metrics if name not in GENERATED]
+        groups = None if known is None else known.groups
+        self.world.ask_main(lambda: report.held_out(held_out, rows, wanted, groups))
 
     def _generated(self, report: Report, known: Known | None) -> None:
         model = self.model
@@ -195,10 +197,14 @@ class Evaluation:
             sharded=sharded,
             between=self.between,
         )
-        if known is not None:
+        wanted = [name for name in self.metrics if name in GENERATED]
+
+        def judge() -> None:
+            assert known is not None
             answered = answered_by(tokens, known, model.tokenizer)
-            wanted = [name for name in self.metrics if name in GENERATED]
             report.generated(answered, wanted, list(map(len, tokens)), self.ids)
+
+        self.world.ask_main(judge)
 
     def _of_tasks(self, report: Report, tasks: TaskRequest) -> None:
         """lm-eval's tasks; the watchdog waits for all of them."""
@@ -214,8 +220,7 @@ class Evaluation:
             bootstrap_samples=self.block.bootstrap_samples,
         )
         self.between()
-        if self.world.is_main:
-            report.of_tasks(results)
+        self.world.ask_main(lambda: report.of_tasks(results))
 
     def _head(self, target: Target) -> dict[str, Any]:
         """What figures.json begins with: nothing in it hangs on the number of processes or on the clock."""

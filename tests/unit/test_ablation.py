@@ -1,6 +1,5 @@
 import copy
 import math
-import threading
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from ardtrain.methods.alora import Alora, AloraSettings, allocate
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable, Site
 from ardtrain.resize import repack_snapshot, start_snapshot
+from tests.threads import Threads
 from tests.tiny import CPU, HeldOutBatches, backbone_config, equal_bits, tiny_llama, tiny_trainer
 
 ALONE = World(0, 1, CPU)
@@ -324,51 +324,19 @@ def test_scores_do_not_depend_on_dropout_or_the_mode():
     assert equal_bits(got.cs, want.cs) and equal_bits(got.first_order, want.first_order)
 
 
-class InStep:
-    """Worlds of threads whose `merge` adds up what each has, as all-reduce does."""
-
-    def __init__(self, size):
-        self.barrier, self.values = threading.Barrier(size), [None] * size
-
-    def world(self, index):
-        outer = self
-
-        class Threaded(World):
-            def merge(self, values):
-                outer.values[self.global_rank] = values
-                outer.barrier.wait(60)
-                together = torch.stack(outer.values)
-                assert bool(((together != 0).sum(0) <= 1).all()), "an element of two processes"
-                outer.barrier.wait(60)
-                return together.sum(0)
-
-        return Threaded(index, len(self.values), CPU)
-
-
 def scores_of(size, setup, **settings):
     """Each process's scores, processes being threads with a model each; and the decoder layers each one ran, with None
     where it called `between`."""
-    step, out, failures = InStep(size), [None] * size, []
     runs = [[] for _ in range(size)]
     setups = [copy.deepcopy(setup) for _ in range(size)]
 
-    def run(index):
-        try:
-            for number, layer in enumerate(setups[index].model.model.layers):
-                layer.register_forward_pre_hook(lambda *_, n=number: runs[index].append(n))
-            between = partial(runs[index].append, None)
-            out[index] = setups[index].scores(world=step.world(index), between=between, **settings)
-        except BaseException as error:
-            failures.append(error)
-            step.barrier.abort()
+    def run(world):
+        own, index = runs[world.global_rank], world.global_rank
+        for number, layer in enumerate(setups[index].model.model.layers):
+            layer.register_forward_pre_hook(lambda *_, n=number: own.append(n))
+        return setups[index].scores(world=world, between=partial(own.append, None), **settings)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not failures, failures
-    return out, runs
+    return Threads(size).results(run), runs
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -39,6 +38,7 @@ from ardtrain.backbones import (
 from ardtrain.data import DataError, DataSettings, EvalData, Samples, TrainData, build_batch, find_labels
 from ardtrain.data_rows import classification_pad_id
 from ardtrain.evaluation import class_logits, classification_metrics, held_out_loss, loss_sum, token_loss_sum
+from tests.threads import Threads
 from tests.tiny import CPU, HeldOutBatches, equal_bits, single_world, tiny_llama
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n"
@@ -484,29 +484,6 @@ def test_metrics_against_counting(num_classes):
     assert classification_metrics(labels, predictions, num_classes=num_classes) == pytest.approx(expected, abs=1e-12)
 
 
-class ThreadWorlds:
-    """World of W processes as threads of this one: the one sum they share, in the form held_out_loss uses."""
-
-    def __init__(self, world_size):
-        self.barrier = threading.Barrier(world_size, timeout=60)
-        self.parts = [None] * world_size
-        self.worlds = [ThreadWorld(self, world_size, i) for i in range(world_size)]
-
-
-class ThreadWorld:
-    device = CPU
-
-    def __init__(self, shared, world_size, global_rank):
-        self.shared, self.world_size, self.global_rank = shared, world_size, global_rank
-
-    def add_integers(self, values):
-        assert values.dtype == torch.int64
-        self.shared.parts[self.global_rank] = values.clone()
-        self.shared.barrier.wait()
-        values.copy_(torch.stack(self.shared.parts).sum(0))
-        self.shared.barrier.wait()
-
-
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_held_out_metrics_are_the_same_for_any_number_of_processes(tmp_path, family):
     model = classifier(family)
@@ -514,17 +491,12 @@ def test_held_out_metrics_are_the_same_for_any_number_of_processes(tmp_path, fam
     assert [len(b.class_labels) for b in collated] == [3] * 7 + [1]
     results = {}
     for world_size in (1, 2, 3, 9):
-        worlds, found, models = ThreadWorlds(world_size).worlds, [None] * world_size, []
+        models = [copy.deepcopy(model).train() for _ in range(world_size)]
 
-        def work(i, worlds=worlds, found=found, models=models):
-            found[i] = held_out_loss(models[i], data, world=worlds[i])
+        def work(world, models=models):
+            return held_out_loss(models[world.global_rank], data, world=world)
 
-        models.extend(copy.deepcopy(model).train() for _ in worlds)
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(world_size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        found = Threads(world_size).results(work)
         assert all(result == found[0] for result in found) and found[0] is not None
         assert all(m.training for m in models)
         results[world_size] = found[0]
