@@ -77,18 +77,21 @@ def parse_hub(path: str) -> HubSource:
     return HubSource(name, config, match["revision"], match["split"] or "train")
 
 
-def check_source(path: str) -> None:
-    """ValueError unless `path` is one existing file of a kind that is read here, or the name of a data set."""
+ANY_SETTING = "data.train_file (or eval_file, allocation_file, the source's file)"
+
+
+def check_source(path: str, *, setting: str = ANY_SETTING) -> None:
+    """ValueError unless `path` is one existing file of a kind that is read here, or the name of a data set.
+
+    setting: what names it, where that is known.
+    """
     if is_hub(path):
         parse_hub(path)
         return
     if not os.path.exists(path):
         if glob.has_magic(path):
             raise ValueError(f"data file {path!r} is a pattern; list the files, their order is part of the run")
-        raise ValueError(
-            f"data file {path!r} does not exist; correct data.train_file (or eval_file, allocation_file, the source's "
-            "file)"
-        )
+        raise ValueError(f"data file {path!r} does not exist; correct {setting}")
     if os.path.isdir(path):
         raise ValueError(
             f"data file {path!r} is a folder; list its files, their order is part of the run (or, for a "

@@ -60,10 +60,7 @@ def refuse_common_rows(tune: str, test: str) -> None:
     Raises:
         ConfigError: they have, or one cannot be read.
     """
-    try:
-        common = set(file_lines(tune)) & set(file_lines(test))
-    except OSError as error:
-        raise ConfigError([f"tuning.eval_file or base.data.eval_file cannot be read ({error}); correct it"]) from None
+    common = set(_lines_of(tune, "tuning.eval_file")) & set(_lines_of(test, "base.data.eval_file"))
     if common:
         raise ConfigError(
             [
@@ -71,6 +68,13 @@ def refuse_common_rows(tune: str, test: str) -> None:
                 "be chosen on rows that count; take them out of one"
             ]
         )
+
+
+def _lines_of(path: str, setting: str) -> list[bytes]:
+    try:
+        return file_lines(path)
+    except (OSError, EOFError) as error:  # the second: of a gzip that was cut
+        raise ConfigError([f"{setting}={path} cannot be read ({error}); correct the path"]) from None
 
 
 def file_lines(path: str | Path) -> list[bytes]:

@@ -168,12 +168,14 @@ class Runner:
             settings.pop(name, None)
         for name in ("eval_file", "allocation_file"):
             if path := settings["data"].get(name):
-                settings["data"][name] = self._digest_of_file(path)
+                is_tuning = name == "eval_file" and key.part == "tune"
+                setting = "tuning.eval_file" if is_tuning else f"base.data.{name}"
+                settings["data"][name] = self._digest_of_file(path, setting)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def _digest_of_file(self, path: str) -> str:
+    def _digest_of_file(self, path: str, setting: str) -> str:
         if path not in self._file_digests:
-            self._file_digests[path] = _file_digest(path)
+            self._file_digests[path] = _file_digest(path, setting)
         return self._file_digests[path]
 
     def _job(self, key: RunKey, folder: Path, digest: str, devices: str | None) -> Job:
@@ -279,11 +281,11 @@ def _prepare_rows(suite: Suite) -> None:
         refuse_common_rows(suite.eval_file("tune"), suite.eval_file("test"))
 
 
-def _file_digest(path: str) -> str:
+def _file_digest(path: str, setting: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        raise ConfigError([f"eval_file={path} cannot be read ({error}); correct the path"]) from None
+        raise ConfigError([f"{setting}={path} cannot be read ({error.strerror}); correct the path"]) from None
 
 
 def _marked(folder: Path) -> str:

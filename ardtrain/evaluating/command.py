@@ -79,10 +79,10 @@ def evaluated_config(request: Request, target: Target, *, world_size: int) -> Ru
             [f"--data is missing and the run {target.run_dir} has no data.eval_file; give --data FILE of held-out rows"]
         )
     for file in data.held_out_files:
+        where = "--data" if request.data is not None else "data.eval_file"
         try:
-            check_source(file)
+            check_source(file, setting=where)
         except ValueError as error:
-            where = "--data" if request.data is not None else "data.eval_file"
             raise ConfigError([f"{where}={file}: {error}"]) from error
     return updated(
         config,

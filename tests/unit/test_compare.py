@@ -241,6 +241,17 @@ def test_files_that_share_rows_are_refused(tmp_path):
         refuse_common_rows(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
+def test_a_held_out_file_that_is_not_there_is_named_by_its_setting(tmp_path):
+    (tmp_path / "a").write_text("1\n")
+    for tune, test, setting in (("gone", "a", "tuning"), ("a", "gone", "base.data")):
+        with pytest.raises(ConfigError, match=rf"{setting}.eval_file=\S*gone cannot be read .*; correct the path"):
+            refuse_common_rows(str(tmp_path / tune), str(tmp_path / test))
+    path = write_suite(tmp_path)
+    overrides = [f"base.data.allocation_file={tmp_path / 'gone'}"]
+    with pytest.raises(ConfigError, match=r"base.data.allocation_file=\S*gone cannot be read"):
+        run(path, FakeRuns(), *overrides)
+
+
 def test_a_file_too_short_to_deal_is_refused(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(ConfigError, match="leaves no rows to test on"):
