@@ -29,6 +29,7 @@ from ardtrain.collectives import World
 from ardtrain.config import AloraBlock, ArdLoraBlock, ConfigError, RunConfig, updated
 from ardtrain.evaluation import HeldOut
 from ardtrain.faults import StopCode
+from ardtrain.folder_lock import LOCK_FILE
 from ardtrain.launching.job import REHEARSAL
 from ardtrain.methods.base import Method
 from ardtrain.observe import Startup
@@ -41,7 +42,7 @@ from ardtrain.trainer import StepResult
 BASE = "base"  # in the rehearsal's folder: the random base, removed when all has passed
 NUM_LAYERS, NUM_STEPS, STEPS_BEFORE_RESUME = 2, 3, 2
 SHARD_BYTES = 1 << 30
-KEPT = ("logs", "run.yaml", "job.sh", "job.json", "hostfile", "resubmitted")  # of a submitted rehearsal
+KEPT = (LOCK_FILE, "logs", "run.yaml", "job.sh", "job.json", "hostfile", "resubmitted")  # of a submitted rehearsal
 
 
 # ---- what is rehearsed: pure ----

@@ -22,7 +22,17 @@ from ardtrain.config import ConfigError, RunConfig
 from ardtrain.environment import ProcessIdentity, discover
 from ardtrain.environment import export as export_identity
 from ardtrain.evaluating.answers import check_answers
-from ardtrain.faults import EXIT_PEER_FAILED, StopRequest, Watchdog, guard_streams, host_name, lost_peer, write_failure
+from ardtrain.faults import (
+    EXIT_PEER_FAILED,
+    StopRequest,
+    Watchdog,
+    guard_streams,
+    host_name,
+    lost_peer,
+    read_status,
+    write_failure,
+)
+from ardtrain.folder_lock import sole_user
 from ardtrain.full_run import FullRun
 from ardtrain.launching.job import REHEARSAL
 from ardtrain.observe import ProcessLog, Startup, start_logging
@@ -32,6 +42,8 @@ from ardtrain.rehearse import rehearsal_config, rehearse
 from ardtrain.session import Session, Surroundings, logger
 from ardtrain.trackers import check_trackers
 
+ENDING_SECONDS = 5.0  # that an earlier start of the same run may take to end
+LOST_HOST_SECONDS = 120.0  # in which an NFS server lets go of the locks of a host that was lost
 LOADING_SECONDS = 4 * 3600.0  # the watchdog's patience before the first step: 70B from a slow disk takes its time
 OUT_OF_MEMORY = (
     "out of memory: lower per_device_train_batch_size (the grain) or max_length, set gradient_checkpointing=true, or "
@@ -110,12 +122,13 @@ def train(path: str | Path, overrides: Sequence[str], *, rehearsal: bool = False
         process.run = kind(prepared, around)
         process.run.execute()
 
-    return run_together(config, run_dir, identity, device, startup, body)
+    return run_together(config, run_dir, "output_dir", identity, device, startup, body)
 
 
 def run_together(
     config: RunConfig,
     run_dir: Path,
+    setting: str,
     identity: ProcessIdentity,
     device: torch.device,
     startup: Startup,
@@ -123,8 +136,11 @@ def run_together(
 ) -> int:
     """`body` on this process among the others of its run, with log, watchdog and stop requests; returns 0.
 
-    A failure is told and ends the process with its exit code. All processes must call this.
+    A failure is told and ends the process with its exit code; another run in the folder is one. All processes must
+    call this.
 
+    Args:
+        setting: what names run_dir.
     Raises:
         ConfigError: no log can be written.
     """
@@ -134,11 +150,15 @@ def run_together(
     try:
         process = Process(identity, run_dir, config.watchdog_seconds)
     except OSError as error:
-        raise ConfigError([f"output_dir={run_dir}: no log can be written ({error}); choose another folder"]) from error
+        raise ConfigError([f"{setting}={run_dir}: no log can be written ({error}); choose another folder"]) from error
     try:
-        with StopRequest(run_dir, reads_file=process.is_main, signals=config.preemption_signal) as stop_request:
+        with (
+            StopRequest(run_dir, reads_file=process.is_main, signals=config.preemption_signal) as stop_request,
+            contextlib.ExitStack() as held,
+        ):
             world, watchdog = process.join(device, config.collective_timeout_seconds)
             startup.mark("meeting")
+            world.ask_main(lambda: process.hold_folder(setting, held))
             body(process, Surroundings(world, identity, run_dir, watchdog, stop_request, startup))
             world.barrier("end of the run")
     except BaseException as error:
@@ -173,6 +193,7 @@ class Process:
 
     watchdog: Watchdog | None = None
     run: Session | None = None
+    is_guest = False  # the folder, and the status in it, are another run's
 
     def __init__(self, identity: ProcessIdentity, run_dir: Path, stall_seconds: float | None) -> None:
         """Begins the log; all but process 0 leave the console."""
@@ -207,6 +228,28 @@ class Process:
         self.watchdog.start()
         self.watchdog.touch(LOADING_SECONDS)
         return world, self.watchdog
+
+    def hold_folder(self, setting: str, held: contextlib.ExitStack) -> None:
+        """Keeps every other run out of the folder, as long as `held`; on process 0.
+
+        Raises:
+            ConfigError: another run works there; its status is left as it is.
+        """
+        status = read_status(self.run_dir)
+        who = f" (process {status['pid']} on {status['host']})" if {"pid", "host"} <= status.keys() else ""
+        refusal = (
+            f"{setting}={self.run_dir}: another run works there{who}; wait for it, stop it with `ardtrain stop "
+            f"{self.run_dir}`, or choose another folder"
+        )
+        try:
+            held.enter_context(sole_user(self.run_dir, refusal=refusal, patience_seconds=ENDING_SECONDS))
+        except ConfigError:
+            self.is_guest = True
+            if status.get("host", host_name()) == host_name():
+                raise
+            logger.warning("%s; waiting up to %g s for it", refusal, LOST_HOST_SECONDS)
+            held.enter_context(sole_user(self.run_dir, refusal=refusal, patience_seconds=LOST_HOST_SECONDS))
+            self.is_guest = False
 
     def failed(self, error: BaseException) -> int:
         """Tells the run's first failure, which may be another process's, and returns this one's exit code.
@@ -247,7 +290,7 @@ class Process:
 
     def _write_failure(self, text: str) -> None:
         """Status `failed`; process 0 alone. A full disk must not keep the text from the others."""
-        if self.is_main:
+        if self.is_main and not self.is_guest:
             trainer = getattr(self.run, "trainer", None)
             with contextlib.suppress(OSError):
                 write_failure(self.run_dir, None if trainer is None else trainer.state.step, text)

@@ -6,13 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from ardtrain.compare.child import Job, Stop, device_slots, run_process, stops_on_signals
 from ardtrain.compare.plan import Failure, RunResult, least_runs, next_runs
@@ -23,6 +21,7 @@ from ardtrain.compare.suite import RunKey, Suite, first_key, read_suite, run_con
 from ardtrain.config import ConfigError, RunConfig
 from ardtrain.config.text import write_yaml
 from ardtrain.faults import replace_file
+from ardtrain.folder_lock import sole_user
 
 
 @dataclass(frozen=True)
@@ -251,16 +250,9 @@ def start_of(config: RunConfig) -> Start:
     return Start(shape.table.total, shape.num_trained, costs)
 
 
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def _locked(root: Path) -> contextlib.AbstractContextManager[None]:
     """One `compare` at a time in a folder."""
-    lock = filelock.FileLock(root / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError([f"output_dir={root}: another `ardtrain compare` works there; wait for it"]) from None
-    with lock:
-        yield
+    return sole_user(root, refusal=f"output_dir={root}: another `ardtrain compare` works there; wait for it")
 
 
 def _say_starts(suite: Suite, describe: Describe) -> dict[str, Start]:

@@ -60,7 +60,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         model = open_model(prepared, around, target)
         Evaluation(model, around, metrics, tasks=request.tasks, manager=manager).execute(out, target)
 
-    return run_together(config, out, identity, device, startup, body)
+    return run_together(config, out, "--out", identity, device, startup, body)
 
 
 def evaluated_config(request: Request, target: Target, *, world_size: int) -> RunConfig:
