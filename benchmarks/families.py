@@ -47,11 +47,13 @@ def main(arguments=None):
     """Runs or joins, and writes."""
     asked = parser(__doc__)
     asked.add_argument("--found", nargs="+", help="files of pytest --record-families")
+    asked.add_argument("--note", help="what a reader must know of how they came about")
     given = asked.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         families = joined(given.found or run_tests(Path(folder)))
-    given.found = None
-    write({"settings": described(given), "machine": machine(), "families": families}, given.out)
+    note = f"{given.note} " if given.note else ""
+    given.found = given.note = None
+    write({"settings": described(given), "machine": machine(), "note": note, "families": families}, given.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "families.md"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "families.json"
 MOVING = ("elalora", "ard_lora, own_a")
-METHODS = ("lora", "dora", "adalora", "elalora", "alora", "ard_lora, own_a", "ard_lora, shared_a", "full")
+METHODS = ("lora", "dora", "adalora", "elalora", "alora", "probe_lora", "ard_lora, own_a", "ard_lora, shared_a", "full")
 
 
 def checked(families: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from ardtrain.methods.dora import Dora
 from ardtrain.methods.lora import Lora
 from ardtrain.prefix_mask import token_types
 from ardtrain.ranks import named_seed
-from tests.tiny import CPU, TokenBatches, ard_lora, elalora, tiny_trainer
+from tests.tiny import CPU, TokenBatches, ard_lora, elalora, probe_lora, tiny_trainer
 from tests.tiny_paligemma import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, tiny_config
 
 VOCAB = 96
@@ -286,6 +286,11 @@ METHODS = {
         ),
     },
     "alora": {"method": lambda: Alora(ALORA), "r": 1},
+    "probe_lora": {
+        "method": lambda: probe_lora(
+            total_steps=STEPS, init_warmup=1, final_warmup=3, mask_interval=3, probe_steps=2, b=8
+        ),
+    },
     "ard_lora, own_a": {"method": lambda: _ard(), "form": "own_a", "r": 2},
     "ard_lora, shared_a": {"method": lambda: _ard(), "form": "shared_a", "r": 2},
 }

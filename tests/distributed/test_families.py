@@ -1,6 +1,7 @@
 """Every family on 1, 2 and 3 processes, cut on two and resumed on three: equal to the bit. One start a world size."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,14 +11,15 @@ from tests.families import FAMILIES, METHODS, STEPS
 pytestmark = [pytest.mark.distributed, pytest.mark.full]
 MOVING = ("elalora", "ard_lora, own_a")
 RUNS = [(family, method) for family in FAMILIES.values() for method in MOVING]
+RUNS.append((FAMILIES["Llama"], "probe_lora"))
 # A trained head beside each kind of number that a method keeps; DeBERTa's linears that run on positions too.
 RUNS += [(FAMILIES[f], m) for f in ("BERT", "DeBERTa") for m in METHODS if m not in ("lora", *MOVING)]
 
 
-def cases_of(world_size, folder):
+def cases_of(world_size, folder, runs):
     """The cases of one start by (family, method): cut on two processes under ZeRO-3, resumed on three under ZeRO-0."""
     out = {}
-    for family, method in RUNS:
+    for family, method in runs:
         case = {"model": family.name, "method": method}
         path = folder / f"{family.name} {method}".replace(" ", "-")
         if world_size == 2:
@@ -30,12 +32,15 @@ def cases_of(world_size, folder):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, request):
+    """Of the runs whose tests were chosen."""
     folder = tmp_path_factory.mktemp("families")
+    chosen = [i.callspec.params for i in request.session.items if i.path == Path(__file__)]
+    runs = [(params["family"], params["method"]) for params in chosen]
     out = {}
     for world_size in (2, 3, 1):
         cases, answer = folder / f"cases-{world_size}.json", folder / f"results-{world_size}.json"
-        cases.write_text(json.dumps(cases_of(world_size, folder)))
+        cases.write_text(json.dumps(cases_of(world_size, folder, runs)))
         arguments = ["-m", "tests.distributed.families", str(cases), str(answer)]
         ended = run_processes(world_size, arguments, folder=folder, timeout=1200)
         assert ended.codes == [0] * world_size, ended.text()
