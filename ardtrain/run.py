@@ -58,7 +58,10 @@ def refuse_used_folder(config: RunConfig) -> None:
     Raises:
         ConfigError: output_dir holds checkpoints and the config does not resume.
     """
-    found = checkpoint.candidates(Path(config.output_dir), "auto")
+    try:
+        found = checkpoint.candidates(Path(config.output_dir), "auto")
+    except checkpoint.CheckpointError as error:
+        raise ConfigError([str(error)]) from error
     earlier = found[0].name if found else checkpoint.pointed(Path(config.output_dir), "latest")
     if config.resume_from_checkpoint is None and earlier is not None:
         raise ConfigError(

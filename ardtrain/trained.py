@@ -1,11 +1,14 @@
 """What a run trained, read back from one of its checkpoints, and the model with it: for export and merge.
 
+Which checkpoint a path means is here for `evaluate` as well.
+
 No engine and no process group. Of the training data only the labels of a classifier are looked at, where the config
 does not name them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from ardtrain import checkpoint, preflight
 from ardtrain.adapters import AdapterLinear, DenseModule, attach, attach_dense, bind_arena
 from ardtrain.arena import ArenaLayout, Shard
 from ardtrain.backbones import init_head, load_config, load_model, quantize_base, take_quantization
-from ardtrain.checkpoint.finding import looks_complete, pointed
+from ardtrain.checkpoint.finding import POINTERS, looks_complete
 from ardtrain.checkpoint.format import MANIFEST, read_manifest
 from ardtrain.config import ConfigError, RunConfig
 from ardtrain.config import load_config as load_run_config
@@ -72,23 +75,49 @@ class Trained:
         return config
 
 
-def find_checkpoint(where: str | Path) -> tuple[Path, Path]:
-    """(checkpoint, run folder) of a run's folder, one of its checkpoints, or its file `latest` or `best`.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint and the run it belongs to. is_named: the user named the checkpoint, not the run."""
+
+    path: Path
+    run_dir: Path
+    is_named: bool
+
+
+def find_checkpoint(where: str | Path) -> Found:
+    """What a path means: a checkpoint's folder, RUN/latest, RUN/best, or a run's folder.
 
     Of a run: what `latest` names, else its newest complete checkpoint.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the run's config is not beside it.
     """
-    path = Path(where)
-    if path.is_file() and path.name in ("latest", "best"):
-        path = path.parent / (pointed(path.parent, path.name) or "")
-    if (path / MANIFEST).is_file():
-        return path, path.resolve().parent
-    found = [p for p in checkpoint.candidates(path, "auto") if looks_complete(p)] if path.is_dir() else []
-    if not found:
-        raise ConfigError([f"{where} is neither a run's folder with a complete checkpoint nor a checkpoint; name one"])
-    return found[0], path
+    path, is_named = Path(where), True
+    if path.name in POINTERS and not path.is_dir():
+        name = checkpoint.pointed(path.parent, path.name)
+        if name is None:
+            raise ConfigError([f"{where} names no checkpoint of {path.parent}; give a checkpoint's folder"])
+        path = path.parent / name
+    if not path.is_dir():
+        raise ConfigError([f"{where} does not exist; give a run's folder or one of its checkpoints"])
+    run_dir = Path(os.path.abspath(path)).parent if path.name in ("", "..") else path.parent
+    if not (path / MANIFEST).is_file():
+        try:
+            candidates = checkpoint.candidates(path, "auto")
+        except checkpoint.CheckpointError as error:
+            raise ConfigError([str(error)]) from error
+        if not candidates:
+            raise ConfigError(
+                [
+                    f"{where} is neither a run's folder with a checkpoint nor a checkpoint with {MANIFEST}; give one "
+                    "of them"
+                ]
+            )
+        # Where none is complete the first one's reader says what is damaged.
+        path, run_dir, is_named = next(filter(looks_complete, candidates), candidates[0]), path, False
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError([f"{run_dir} holds no {CONFIG}, which says what was trained; put the run's beside {path}"])
+    return Found(path, run_dir, is_named)
 
 
 def open_trained(where: str | Path, overrides: Sequence[str] = ()) -> Trained:
@@ -99,9 +128,8 @@ def open_trained(where: str | Path, overrides: Sequence[str] = ()) -> Trained:
     Raises:
         ConfigError: nothing there, damaged, another base, or a run without adapters.
     """
-    path, run_dir = find_checkpoint(where)
-    if not (run_dir / CONFIG).is_file():
-        raise ConfigError([f"{run_dir} holds no {CONFIG}, which says what was trained; put the run's beside {path}"])
+    found = find_checkpoint(where)
+    path, run_dir = found.path, found.run_dir
     config = load_run_config(run_dir / CONFIG, overrides)
     if config.method == "full":
         raise ConfigError(

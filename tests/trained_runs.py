@@ -14,9 +14,24 @@ from ardtrain.ranks import RankTable, named_seed
 from ardtrain.resize import start_snapshot
 from ardtrain.session import run_identity
 from tests.runs import write_run
+from tests.tiny_paligemma import save_tiny_paligemma, write_rows
 
 STEP = 16
 UNEVEN = (3, 0, 1, 4, 2, 0, 5)
+PLAIN = {"method": "lora", "elalora": None}
+_PROBES = {"init_warmup": 2, "final_warmup": 2, "mask_interval": 4, "probe_steps": 2, "level": "head"}
+# Settings for `make_run`: each form that an adapter may have.
+FORMS = {
+    "even": PLAIN,
+    "uneven": PLAIN | {"ranks": lambda i: UNEVEN[i % 7]},
+    "diagonal": {"ranks": lambda i: 1 + i % 5},
+    "dora": PLAIN | {"method": "dora", "ranks": lambda i: UNEVEN[i % 7]},
+    "heads": PLAIN | {"method": "ard_lora", "r": 2, "ard_lora": {"layout": "own_a"}},
+    "shared heads": PLAIN | {"method": "ard_lora", "r": 4, "ard_lora": {"layout": "shared_a"}},
+    "probed heads": PLAIN | {"method": "probe_lora", "probe_lora": _PROBES, "ranks": lambda i: 1 + i % 3},
+    "token rows": PLAIN | {"trainable_tokens": ["+", 5]},
+    "rslora": PLAIN | {"use_rslora": True, "r": 3},
+}
 
 
 def make_run(folder, name="run", *, config=None, ranks=None, seed=1, std=0.2, start=False, **settings):
@@ -70,6 +85,18 @@ def classification_config(folder, **settings):
         **{"method": "lora", "elalora": None, "eval_steps": None} | settings,
         data={"train_file": str(folder / "rows.jsonl"), "text_field": "text", "label_field": "label"},
     )
+
+
+def towers(folder):
+    """Settings of a run over a tiny PaliGemma-2: ranks of their own in its towers, the projector in full."""
+    save_tiny_paligemma(folder / "model")
+    return PLAIN | {
+        "task": "image_text_to_text",
+        "eval_steps": None,
+        "data": {"train_file": str(write_rows(folder)), "image_field": "image"},
+        "targets": {"vision": {"r": 2}, "projector": {"full": True}},
+        "ranks": lambda i: 1 + i % 4,
+    }
 
 
 def write_nothing(folder):

@@ -18,7 +18,6 @@ from ardtrain.evaluating.model import Evaluated, EvaluatedAdapters, EvaluatedFul
 from ardtrain.evaluating.references import Known
 from ardtrain.evaluating.report import Report
 from ardtrain.evaluating.request import (
-    CONFIG_FILE,
     FULL_MODEL,
     OUT_FOLDER,
     Request,
@@ -33,6 +32,7 @@ from ardtrain.faults import write_status
 from ardtrain.preflight import Prepared, prepare_config, read_run_config
 from ardtrain.run import Process, first_steps, run_together
 from ardtrain.session import Surroundings
+from ardtrain.trained import CONFIG
 
 TASKS_SECONDS = 24 * 3600.0  # the watchdog's patience with lm-eval, which tells nothing meanwhile
 
@@ -69,7 +69,7 @@ def evaluated_config(request: Request, target: Target, *, world_size: int) -> Ru
     Raises:
         ConfigError: no held-out rows are named, the file is missing, or a setting is wrong.
     """
-    config, _ = read_run_config(target.run_dir / CONFIG_FILE, request.overrides, world_size=world_size)
+    config, _ = read_run_config(target.run_dir / CONFIG, request.overrides, world_size=world_size)
     path = request.data
     if path is None and not config.data.held_out_files and request.tasks is not None and not request.metrics:
         path = config.data.training_files[0]  # lm-eval brings its own rows; these are opened and not evaluated

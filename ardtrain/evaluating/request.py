@@ -8,14 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ardtrain import checkpoint
-from ardtrain.checkpoint.finding import POINTERS
-from ardtrain.checkpoint.format import MANIFEST
 from ardtrain.config import ConfigError
 from ardtrain.evaluating.tasks import TaskRequest
 from ardtrain.evaluating.text_metrics import GENERATED, ROUGE, check_packages
+from ardtrain.trained import find_checkpoint
 
-CONFIG_FILE = "config.yaml"
 OUT_FOLDER = "evaluation"  # in the run's folder
 FULL_MODEL = "model"  # the folder of a finished run that trained all weights
 
@@ -104,44 +101,15 @@ def _listed(text: str | None) -> tuple[str, ...]:
 
 
 def find_target(text: str) -> Target:
-    """The checkpoint that a path means: a checkpoint's folder, RUN/latest, RUN/best, or a run's newest.
-
-    Raises:
-        ConfigError: there is none, or the run's config is not beside it.
-    """
-    path = Path(text)
-    if path.name in POINTERS and not path.is_dir():
-        name = checkpoint.pointed(path.parent, path.name)
-        if name is None:
-            raise ConfigError([f"{text} names no checkpoint of {path.parent}; give a checkpoint's folder"])
-        path = path.parent / name
-    if (path / MANIFEST).is_file():
-        return _with_config(Target(path.parent, path, step=_step_of(path)))
-    if not path.is_dir():
-        raise ConfigError([f"{text} does not exist; give a run's folder or one of its checkpoints"])
-    found = [] if not (path / CONFIG_FILE).is_file() else checkpoint.candidates(path, "auto")
-    if found:
-        return Target(path, found[0], is_named=False, step=_step_of(found[0]))
-    raise ConfigError(
-        [
-            f"{text} is neither a run's folder with {CONFIG_FILE} and a checkpoint nor a checkpoint with {MANIFEST}; "
-            "give one of them"
-        ]
-    )
+    """The checkpoint that a path means, as trained.find_checkpoint. Raises ConfigError."""
+    found = find_checkpoint(text)
+    return Target(found.run_dir, found.path, found.is_named, _step_of(found.path))
 
 
 def _step_of(path: Path) -> int:
     """The number in checkpoint-N; 0 for a folder that somebody has renamed."""
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdigit() else 0
-
-
-def _with_config(target: Target) -> Target:
-    if (target.run_dir / CONFIG_FILE).is_file():
-        return target
-    raise ConfigError(
-        [f"{target.run_dir / CONFIG_FILE} is missing, which says what {target.name} belongs to; put it there"]
-    )
 
 
 def chosen_metrics(asked: Sequence[str], *, task: str) -> tuple[str, ...]:

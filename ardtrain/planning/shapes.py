@@ -22,7 +22,7 @@ from ardtrain.adapters import (
     bind_arena,
 )
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import DTYPES, base_linears, gathered_whole, meta_model
+from ardtrain.backbones import DTYPES, gathered_whole, meta_model, quantize_base
 from ardtrain.config import ConfigError, RunConfig, adapter_settings
 from ardtrain.data import Batch
 from ardtrain.evaluation import loss_sum
@@ -30,7 +30,6 @@ from ardtrain.logits import Form as LogitForm
 from ardtrain.logits import LogitHead
 from ardtrain.methods.base import Method
 from ardtrain.planning.tracing import META, Bytes, Kinds, layer_stacks, trace
-from ardtrain.quantized import QuantizedLinear, packing_of, unshared
 from ardtrain.token_rows import TokenRows, embedding_path
 from ardtrain.utilisation import matmul_numbers
 
@@ -240,7 +239,7 @@ def read_shapes(config: RunConfig, *, base_on_nvme: bool = False) -> Shapes:
     model.requires_grad_(config.method == "full")
     model.to(DTYPES[compute_dtype(config)])
     if config.quantization is not None:
-        _quantise(model, config, carried=base_on_nvme)
+        quantize_base(model, config.quantization, carried=base_on_nvme)
     model.config.use_cache = False
     model.config.get_text_config().pad_token_id = 0  # a classifier looks for padding
     if config.gradient_checkpointing:
@@ -262,17 +261,6 @@ def read_shapes(config: RunConfig, *, base_on_nvme: bool = False) -> Shapes:
     if shape.tokens:
         adapters[embedding_path(model)] = TokenRows(model, shape.tokens)
     return Shapes(config, model, shape, method, layout, adapters)
-
-
-def _quantise(model: PreTrainedModel, config: RunConfig, *, carried: bool) -> None:
-    """As backbones.quantize_base, without values."""
-    assert config.quantization is not None
-    for name in unshared(model, list(base_linears(model))):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        packing = packing_of(linear, config.quantization, carried=carried)
-        codes = torch.empty(packing.shape, dtype=packing.parameter_dtype, device=META)
-        model.set_submodule(name, QuantizedLinear(packing, codes, linear.bias))
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

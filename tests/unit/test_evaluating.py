@@ -1,10 +1,14 @@
 """`ardtrain evaluate` without a model: the request, rows of packed targets, intervals, what a wrong input gets."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from ardtrain import trained
 from ardtrain.cli import main
 from ardtrain.config import ConfigError
 from ardtrain.data import build_batch
@@ -37,11 +41,42 @@ def test_targets(tmp_path):
     assert not find_target(str(run)).is_named and find_target(str(run / "latest")).is_named
 
 
+def test_targets_from_inside_and_by_links(tmp_path, monkeypatch):
+    run = a_run(tmp_path)
+    monkeypatch.chdir(run / "checkpoint-4")
+    assert find_target(".").run_dir == run and not find_target("..").is_named
+    (tmp_path / "link").symlink_to(run)
+    assert find_target(str(tmp_path / "link" / "best")).run_dir == tmp_path / "link"
+    (run / "checkpoint-8").rename(tmp_path / "moved")
+    (run / "checkpoint-8").symlink_to(tmp_path / "moved")
+    assert find_target(str(run / "checkpoint-8")).run_dir == run
+
+
+def test_a_run_whose_newest_checkpoint_is_incomplete(tmp_path, monkeypatch):
+    run = a_run(tmp_path)
+    monkeypatch.setattr(trained, "looks_complete", lambda path: path.name == "checkpoint-4")
+    assert find_target(str(run)).name == "checkpoint-4" and find_target(str(run / "latest")).name == "checkpoint-8"
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export", "merge"])
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch, capsys, verb):
+    run, listdir = a_run(tmp_path), os.listdir
+
+    def refused(path):
+        if Path(path) == run:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    assert main([verb, str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "cannot be read (Permission denied); make it readable" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nowhere"], "nowhere does not exist; give a run's folder or one of its checkpoints"),
-        (["{run}/.."], "is neither a run's folder with config.yaml and a checkpoint nor a checkpoint"),
+        (["{run}/.."], "is neither a run's folder with a checkpoint nor a checkpoint with manifest.json"),
         (["{run}", "--metrics", "los"], "--metrics: los is no metric; did you mean loss?"),
         (["{run}", "--metrics", "loss,mcc"], "--metrics: mcc does not fit task=causal_lm; choose among loss, perplex"),
         (["{run}", "--data", "gone.jsonl"], "data file 'gone.jsonl' does not exist; correct --data"),

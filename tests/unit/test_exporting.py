@@ -16,28 +16,13 @@ from ardtrain import export, exporting
 from ardtrain.cli import main
 from ardtrain.config import ConfigError
 from ardtrain.exporting import export_peft
-from ardtrain.trained import bound_model, find_checkpoint, load_base, logits_of, open_trained, probe_inputs
+from ardtrain.trained import bound_model, load_base, logits_of, open_trained, probe_inputs
 from tests.runs import write_run
 from tests.tiny import save_tiny_llama
-from tests.tiny_paligemma import save_tiny_paligemma, write_rows
-from tests.trained_runs import UNEVEN, classification_config, make_run
+from tests.trained_runs import FORMS, PLAIN, classification_config, make_run, towers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PLAIN = {"method": "lora", "elalora": None}
-PROBES = {"init_warmup": 2, "final_warmup": 2, "mask_interval": 4, "probe_steps": 2, "level": "head"}
-PROBED = PLAIN | {"method": "probe_lora", "probe_lora": PROBES}
-KINDS = {
-    "even": PLAIN,
-    "uneven": PLAIN | {"ranks": lambda i: UNEVEN[i % 7]},
-    "diagonal": {"ranks": lambda i: 1 + i % 5},
-    "dora": PLAIN | {"method": "dora"},
-    "heads": PLAIN | {"method": "ard_lora", "r": 2, "ard_lora": {"layout": "own_a"}},
-    "shared heads": PLAIN | {"method": "ard_lora", "r": 4, "ard_lora": {"layout": "shared_a"}},
-    "probed heads": PROBED | {"ranks": lambda i: 1 + i % 3},
-    "token rows": PLAIN | {"trainable_tokens": ["+", 5]},
-    "int8": PLAIN | {"quantization": "int8"},
-    "rslora": PLAIN | {"use_rslora": True, "r": 3},
-}
+KINDS = FORMS | {"int8": PLAIN | {"quantization": "int8"}}
 
 
 @pytest.mark.parametrize("uniform", [False, True], ids=["", "uniform"])
@@ -126,14 +111,11 @@ def test_a_misspelt_option_is_no_setting(capsys, verb):
     assert main([verb, "runs/a", "--out", "x", "--pushto-hub", "me/it"]) == 2
     assert "--pushto-hub: is no option here; did you mean --push-to-hub?" in capsys.readouterr().err
     assert main([verb, "nowhere", "--out", "x", "--per_device_eval_batch_size", "2"]) == 2  # a setting
-    assert "nowhere is neither a run's folder" in capsys.readouterr().err
+    assert "nowhere does not exist; give a run's folder" in capsys.readouterr().err
 
 
 def test_what_is_not_there_or_of_another_base_is_refused(tmp_path):
     run_dir = make_run(tmp_path, **PLAIN)
-    with pytest.raises(ConfigError, match="neither a run's folder with a complete checkpoint nor a checkpoint"):
-        find_checkpoint(tmp_path / "nothing")
-    assert find_checkpoint(run_dir / "latest") == (run_dir / "checkpoint-16", run_dir)
     save_tiny_llama(tmp_path / "second", seed=5)
     with pytest.raises(ConfigError, match="was written by another run: other base weights: 'model.safetensors'"):
         open_trained(run_dir, [f"model_name_or_path={tmp_path / 'second'}"])
@@ -153,11 +135,7 @@ def test_full_has_no_adapter(tmp_path):
 
 def test_towers(tmp_path):
     """PaliGemma-2: pixels reach the vision tower, towers have ranks of their own, the projector is trained in full."""
-    save_tiny_paligemma(tmp_path / "model")
-    data = {"train_file": str(write_rows(tmp_path)), "image_field": "image"}
-    targets = {"vision": {"r": 2}, "projector": {"full": True}}
-    settings = PLAIN | {"task": "image_text_to_text", "eval_steps": None, "data": data, "targets": targets}
-    run_dir = make_run(tmp_path, ranks=lambda i: 1 + i % 4, **settings)
+    run_dir = make_run(tmp_path, **towers(tmp_path))
     trained = open_trained(run_dir)
     assert set(trained.shape.table.by_tower()) == {"vision", "language"} and trained.shape.dense
     inputs = probe_inputs(trained, load_base(trained))

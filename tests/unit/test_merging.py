@@ -23,23 +23,9 @@ from ardtrain.merging import load_merged, merge
 from ardtrain.trained import bound_model, load_base, logits_of, open_trained, probe_inputs
 from tests.quantized_files import save_by_bitsandbytes
 from tests.tiny import equal_bits, save_tiny_llama
-from tests.tiny_paligemma import save_tiny_paligemma, write_rows
-from tests.trained_runs import UNEVEN, classification_config, make_run
+from tests.trained_runs import FORMS, PLAIN, classification_config, make_run, towers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PLAIN = {"method": "lora", "elalora": None}
-PROBES = {"init_warmup": 2, "final_warmup": 2, "mask_interval": 4, "probe_steps": 2, "level": "head"}
-PROBED = PLAIN | {"method": "probe_lora", "probe_lora": PROBES}
-KINDS = {
-    "even": PLAIN,
-    "uneven": PLAIN | {"ranks": lambda i: UNEVEN[i % 7]},
-    "diagonal": {"ranks": lambda i: 1 + i % 5},
-    "dora": PLAIN | {"method": "dora", "ranks": lambda i: UNEVEN[i % 7]},
-    "heads": PLAIN | {"method": "ard_lora", "r": 2, "ard_lora": {"layout": "own_a"}},
-    "shared heads": PLAIN | {"method": "ard_lora", "r": 4, "ard_lora": {"layout": "shared_a"}},
-    "probed heads": PROBED | {"ranks": lambda i: 1 + i % 3},
-    "token rows": PLAIN | {"trainable_tokens": ["+", 5]},
-}
 
 
 def headers(folder):
@@ -71,12 +57,12 @@ def difference(trained, folder):
     return float((merged - logits).abs().max()), float(logits.abs().max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMS)
 def test_every_form(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(merged_files, "BLOCK_NUMBERS", 100)  # several blocks a matrix
     monkeypatch.setattr(merged_files, "COPY_BYTES", 200)
     sharded(tmp_path / "model", tied=kind == "token rows")
-    trained = open_trained(make_run(tmp_path, **rows(tmp_path), **KINDS[kind]))
+    trained = open_trained(make_run(tmp_path, **rows(tmp_path), **FORMS[kind]))
     merge(trained, tmp_path / "out")
     found, largest = difference(trained, tmp_path / "out")
     assert found <= 1e-5 * largest
@@ -107,7 +93,7 @@ def rows(folder):
 def test_dtype_is_kept_and_logits_are_its_rounding_away(tmp_path, kind):
     """A base in bf16, run in bf16: each merged number is the float32 one rounded once."""
     sharded(tmp_path / "model", dtype=torch.bfloat16)
-    trained = open_trained(make_run(tmp_path, **rows(tmp_path), **KINDS[kind], bf16=True))
+    trained = open_trained(make_run(tmp_path, **rows(tmp_path), **FORMS[kind], bf16=True))
     assert trained.compute_dtype == "bf16"
     lines = merge(trained, tmp_path / "out", check=True)
     assert any(line.startswith("largest logit difference to the unmerged model") for line in lines)
@@ -126,11 +112,7 @@ def test_dtype_is_kept_and_logits_are_its_rounding_away(tmp_path, kind):
 
 
 def test_towers_and_a_projector_in_full(tmp_path):
-    save_tiny_paligemma(tmp_path / "model")
-    data = {"train_file": str(write_rows(tmp_path)), "image_field": "image"}
-    targets = {"vision": {"r": 2}, "projector": {"full": True}}
-    settings = PLAIN | {"task": "image_text_to_text", "eval_steps": None, "data": data, "targets": targets}
-    trained = open_trained(make_run(tmp_path, ranks=lambda i: 1 + i % 4, **settings))
+    trained = open_trained(make_run(tmp_path, **towers(tmp_path)))
     merge(trained, tmp_path / "out")
     found, largest = difference(trained, tmp_path / "out")
     assert found <= 1e-5 * largest

@@ -18,17 +18,9 @@ from torch import nn
 from ardtrain.export import SERVER_RANKS
 from ardtrain.exporting import export_peft
 from ardtrain.trained import bound_model, load_base, logits_of, open_trained, probe_inputs
-from tests.trained_runs import UNEVEN, classification_config, make_run
+from tests.trained_runs import FORMS, PLAIN, classification_config, make_run
 
-PLAIN = {"method": "lora", "elalora": None}
-KINDS = {
-    "even": PLAIN,
-    "uneven": PLAIN | {"ranks": lambda i: UNEVEN[i % 7]},
-    "diagonal": {"ranks": lambda i: 1 + i % 5},
-    "heads": PLAIN | {"method": "ard_lora", "r": 2, "ard_lora": {"layout": "own_a"}},
-    "shared heads": PLAIN | {"method": "ard_lora", "r": 4, "ard_lora": {"layout": "shared_a"}},
-    "rslora": PLAIN | {"use_rslora": True, "r": 3},
-}
+KINDS = {name: FORMS[name] for name in ("even", "uneven", "diagonal", "heads", "shared heads", "rslora")}
 
 
 class ServerError(ValueError):
