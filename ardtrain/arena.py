@@ -142,6 +142,36 @@ class ArenaLayout:
         return {i: by_module.get(s.module, []) for i, s in enumerate(self.table.sites)}
 
 
+class Spares:
+    """Arrays that were read for the last time, to be written over.
+
+    On a CPU new memory costs two or three times the copy into it (the kernel clears it, page by page); on any device
+    there is one array more at a time, not one more of each kind.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[Tensor] = []
+
+    def add(self, array: Tensor) -> None:
+        """Nobody may read `array`, or any view of its memory, from here on."""
+        self._arrays.append(array)
+
+    def clear(self) -> None:
+        """Frees them."""
+        self._arrays.clear()
+
+    def take(self, size: int, *, like: Tensor) -> Tensor:
+        """[size], any numbers in it, of the dtype and device of `like`: in the memory of a spare that holds as many.
+
+        New memory has 1.6% of room, which the arena's size moves in when components change to wider matrices.
+        """
+        for index, array in enumerate(self._arrays):
+            fits = array.untyped_storage().nbytes() >= size * array.element_size()
+            if fits and (array.dtype, array.device) == (like.dtype, like.device):
+                return self._arrays.pop(index).as_strided((size,), (1,), 0)
+        return torch.empty(size + size // 64, dtype=like.dtype, device=like.device)[:size]
+
+
 def sources(old: RankTable, new: RankTable) -> Tensor:
     """[R_new] int64: which component of `old` each of `new` is, -1 for the newborn. Identity: (site, birth)."""
     assert old.sites == new.sites
@@ -206,13 +236,13 @@ class Repacking:
                 return
         self._runs.append((start, old_start, numbers, ends))
 
-    def apply(self, flat: Tensor) -> Tensor:
+    def apply(self, flat: Tensor, spares: Spares | None = None) -> Tensor:
         """[N_new]: the survivors' rows of `flat` [N_old] to the bit, newborn rows and gaps zero. Any dtype.
 
         -0.0 becomes 0.0, as it does when an array is gathered from several processes. One pass over the bytes, into
-        new memory; `flat` may be live.
+        a spare array or new memory; `flat` may be live.
         """
-        out = torch.empty(self.new.size, dtype=flat.dtype, device=flat.device)
+        out = (spares or Spares()).take(self.new.size, like=flat)
         for start, stop in self._unset:
             out[start:stop] = 0
         for start, old_start, numbers, _ in self._runs:

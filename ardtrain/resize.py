@@ -20,6 +20,7 @@ from ardtrain.arena import (
     Newborn,
     Repacking,
     Shard,
+    Spares,
     fill_newborn,
     fill_newborn_second_moment,
     repack_components,
@@ -47,7 +48,7 @@ class Snapshot:
 
 
 class Turn:
-    """One plan applied to one array after another, each by one pass into new memory. Pure; arrays may be live.
+    """One plan applied to one array after another, each by one pass into a spare or new memory; arrays may be live.
 
     Survivors keep master, moments, age and statistics to the bit (-0.0 becomes 0.0). Newborn: weights from the method
     (contribution exactly zero), first moment 0, second moment the mean of their site's survivors, age and statistics 0.
@@ -61,25 +62,26 @@ class Turn:
         self.layout = ArenaLayout(self.table, old.parts, old.dense)
         self._repacking = Repacking(old, self.layout)
         self._born = self._repacking.source < 0
+        self.spares = Spares()
         self._plan, self._newborn, self._names = plan, newborn, {"seed": seed, "step": step}
 
     def master(self, flat: Tensor) -> Tensor:
         """[N_new] from the weights [N_old]."""
-        out = self._repacking.apply(flat)
+        out = self._repacking.apply(flat, self.spares)
         fill_newborn(out, self.layout, self._born, self._newborn, **self._names)
         edit_survivors(out, self.layout, self._plan)
         return out
 
     def moment(self, name: str, flat: Tensor) -> Tensor:
         """[N_new] from one of Adam's moments [N_old]."""
-        out = self._repacking.apply(flat)
+        out = self._repacking.apply(flat, self.spares)
         if name == "exp_avg_sq":
             fill_newborn_second_moment(out, self.layout, self._born)
         return out
 
     def entries(self, flat: Tensor) -> Tensor:
         """[N_new] from a method's per-entry array [N_old]; what lies behind its last component may be missing."""
-        return self._repacking.apply(flat)
+        return self._repacking.apply(flat, self.spares)
 
     def components(self, values: Tensor) -> Tensor:
         """[R_new, ...] from ages or a method's per-component array [R_old, ...]."""
@@ -240,16 +242,19 @@ class LiveArena:
     def _rows(self, index: int) -> dict[str, Tensor]:
         return self.layout.site_rows(self.engine.weights, index)
 
-    def _gather(self, name: str) -> Tensor:
+    def _gather(self, name: str, spares: Spares) -> Tensor:
         """[N] one of the method's per-entry arrays, gathered. All processes must call this."""
-        full = torch.zeros(self.layout.size, device=self.state[name].device)
+        full = spares.take(self.layout.size, like=self.state[name]).zero_()
         self.shard.put(self.state[name], full)
         return self.world.merge(full)
 
-    def _entries(self, name: str) -> Tensor:
+    def _entries(self, name: str, spares: Spares) -> Tensor:
         """What `Turn.entries` may read: the live array where one process holds it all. All processes must call this."""
-        whole = self.world.world_size == 1 and not self.dense and len(self.shard.slices) == 1
-        return self.state[name] if whole else self._gather(name)
+        if self.world.world_size == 1 and not self.dense and len(self.shard.slices) == 1:
+            return self.state[name]
+        full = self._gather(name, spares)
+        spares.add(self.state[name])
+        return full
 
     def _named(self, *wanted: str) -> list[str]:
         """Names of the method's arrays of these kinds."""
@@ -262,7 +267,7 @@ class LiveArena:
             self.table,
             self.engine.capture(),
             self.age.clone(),
-            {name: self._gather(name).cpu() for name in self._named("per_entry")},
+            {name: self._gather(name, Spares()).cpu() for name in self._named("per_entry")},
             {name: self.state[name].cpu().clone() for name in self._named("per_component")},
             {name: self.state[name].clone() for name in self._named("per_site")},
         )
@@ -275,8 +280,8 @@ class LiveArena:
     def apply(self, plan: RankPlan, *, step: int) -> ResizeRecord:
         """One resize. Raises RuntimeError on every process when they disagree, before anything is changed.
 
-        Arrays stay on the device where they are used, and are gathered and repacked one by one. All new ones exist
-        before the old engine goes.
+        Arrays stay on the device where they are used, and are gathered and repacked one by one. What can fail (the
+        plan, the newborn) is done when the new weights exist; from there on each array is written over the one before.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "agree"):
@@ -292,26 +297,14 @@ class LiveArena:
         with _timed(seconds, "layout"):
             turn = Turn(before, self.layout, plan, self.method.init, seed=self.seed, step=step)
             shard = self._deal(turn.layout)
-        with _timed(seconds, "repack"):
-            master = turn.master(self.engine.weights)
-        moments, state = {}, {}
-        for name in MOMENTS:
-            with _timed(seconds, "gather"):
-                full = self.engine.moment(name)
-            with _timed(seconds, "repack"):
-                moments[name] = turn.moment(name, full)
-        for name in self._named("per_entry"):
-            with _timed(seconds, "gather"):
-                full = self._entries(name)
-            with _timed(seconds, "method"):
-                state[name] = self._own(shard, turn.entries(full))
+        master, moments, state = self._repack(turn, shard, seconds)
         with _timed(seconds, "method"):
             state |= {name: turn.components(self.state[name]) for name in self._named("per_component")}
             state |= {name: self.state[name] for name in self._named("per_site")}
             age = turn.components(self.age)
         steps = self.engine.steps
-        del full
         with _timed(seconds, "destroy"):
+            turn.spares.clear()
             self.engine.destroy()
             self.state.clear()  # the method's old arrays go too
         with _timed(seconds, "rebuild"):
@@ -321,6 +314,38 @@ class LiveArena:
             self.engine.set_moments(moments, steps)
             self._bind(age, state)
         return ResizeRecord(before, self.table, plan, seconds)
+
+    def _repack(
+        self, turn: Turn, shard: Shard, seconds: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """New weights, moments and per-entry arrays; the old ones are written over. All processes must call this."""
+        copy = self.engine.copy_of_weights
+        if copy is not None:
+            turn.spares.add(copy)
+        with _timed(seconds, "repack"):
+            try:
+                master = turn.master(self.engine.weights)
+            except BaseException:
+                self.engine.set_weights(self.engine.weights)  # so also the copy
+                raise
+        turn.spares.add(self.engine.weights)
+        moments, state = {}, {}
+        for name in MOMENTS:
+            with _timed(seconds, "gather"):
+                full = self.engine.moment(name)
+            with _timed(seconds, "repack"):
+                moments[name] = turn.moment(name, full)
+            turn.spares.add(full)
+        for name in self._named("per_entry"):
+            with _timed(seconds, "gather"):
+                full = self._entries(name, turn.spares)
+            with _timed(seconds, "method"):
+                entries = turn.entries(full)
+                state[name] = self._own(shard, entries)
+            turn.spares.add(full)
+            if state[name].untyped_storage().data_ptr() != entries.untyped_storage().data_ptr():
+                turn.spares.add(entries)
+        return master, moments, state
 
 
 @contextlib.contextmanager

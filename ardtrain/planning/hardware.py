@@ -108,7 +108,7 @@ CONSTANTS = {
     "process_host_bytes": Constant(
         3.0 * GIB, "bytes a process", "Python, torch and CUDA libraries on the host", assumed=True),
     "resize_seconds": Constant(
-        4.1659, "seconds", "benchmarks/results/resize_70b.json, resize_seconds.median (a CPU's), of so many numbers:"),
+        1.9511, "seconds", "benchmarks/results/resize_70b.json, resize_seconds.median (a CPU's), of so many numbers:"),
     "resize_numbers": Constant(
         226788936, "trained numbers", "benchmarks/results/resize_70b.json, trained_numbers"),
     "save_seconds": Constant(

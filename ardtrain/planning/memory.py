@@ -189,17 +189,24 @@ def _arena(shapes: Shapes, world: int, place: Placement, host: Causes) -> tuple[
         "adapter engine's gradient and bucket": 2 * FP32 * numbers + FP32 * shard,
     }
     ends = {"gradient": gradient, "step": step}
-    if shapes.moves_ranks:  # resize.LiveArena.apply: all new arrays, and one old one gathered, before the old ones go
-        moments = 3 * FP32 * numbers
-        ends["resize"] = {
-            "exact sum (int64)": 0,
-            "new arrays of a resize": FP32 * numbers + FP32 * shapes.entry_states * shard,
-        }
-        if place.optimizer == "device":
-            ends["resize"]["new arrays of a resize"] += moments
-        else:
-            host["new moments of a resize"] = moments
+    if shapes.moves_ranks:
+        ends["resize"] = {"exact sum (int64)": 0, "new arrays of a resize": _resize(shapes, world, place, host)}
     return held, ends
+
+
+def _resize(shapes: Shapes, world: int, place: Placement, host: Causes) -> int:
+    """Bytes of a resize on the device, beside the old arrays; writes those on the host. As resize.LiveArena._repack.
+
+    New weights; each further array goes where an old one was, but what several processes hold is gathered first.
+    """
+    array, several = FP32 * shapes.arena_size, world > 1
+    shard = -(-shapes.arena_size // world)
+    entries = array + FP32 * shapes.entry_states * shard if several and shapes.entry_states else 0
+    moments = 2 * array if several else 0
+    if place.optimizer != "device":
+        host["new moments of a resize"] = array + moments
+        moments = 0
+    return array + moments + entries
 
 
 def _full_engine(shapes: Shapes, world: int, place: Placement, host: Causes, nvme: Causes) -> dict[str, Causes]:

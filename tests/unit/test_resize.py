@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ardtrain.arena import ArenaLayout, sources
-from ardtrain.engines import AdamSettings
+from ardtrain.engines import MOMENTS, AdamSettings
 from ardtrain.methods.base import FixedRank
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.ranks import RankPlan, RankTable, SiteChange, identity_plan
@@ -165,6 +165,40 @@ def test_bad_plan_leaves_the_old_engine_alive(world):
         assert arena.engine is engine
         assert equal_bits(arena.capture().full.master, before.full.master)
     train(arena, 1)  # it still steps
+    arena.engine.destroy()
+
+
+def test_newborn_that_fail_leave_the_old_engine_alive(world, monkeypatch):
+    """On one process the new weights go where the optimizer had its copy of the old ones: it gets that back."""
+    arena, other = live(world), live(world)
+    train(arena, 2)
+    train(other, 2)
+
+    def fail(*names):
+        raise RuntimeError("linalg.qr: not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arena.method, "init", fail)
+        with pytest.raises(RuntimeError, match="not finite"):
+            arena.apply(RankPlan(arena.table.digest, {0: SiteChange((1,), 1)}), step=2)
+    train(arena, 2, seed=50)
+    train(other, 2, seed=50)
+    assert equal_bits(arena.engine.weights, other.engine.weights)
+    arena.engine.destroy()
+    other.engine.destroy()
+
+
+def test_a_resize_on_one_process_goes_without_new_arrays(world):
+    """Each array is written over the one before, as long as the arena does not grow."""
+    arena = live(world, Stateful())
+    train(arena, 1)
+    engine = arena.engine
+    old = [engine.copy_of_weights, engine.weights, *(engine.moment(name) for name in MOMENTS), arena.state["entry"]]
+    places = {array.untyped_storage().data_ptr() for array in old}
+    del old, engine
+    arena.apply(RankPlan(arena.table.digest, {0: SiteChange((1, 2))}), step=1)
+    new = [arena.engine.weights, *(arena.engine.moment(name) for name in MOMENTS), arena.state["entry"]]
+    assert len({array.untyped_storage().data_ptr() for array in new} & places) == 4
     arena.engine.destroy()
 
 
