@@ -1,7 +1,7 @@
 """One resize on one page: decide (by the method) -> agree -> gather and repack, array by array -> rebuild.
 
 Resume, and starting from a checkpoint of another world size, enter the same road at *rebuild* with the identity plan.
-All of it happens on every process or on none: what can fail (a bad plan, memory) fails before the old engine goes.
+All of it happens on every process or on none: what can fail (a bad plan, newborn) fails before an old array is lost.
 """
 
 from __future__ import annotations
