@@ -128,7 +128,7 @@ def load_model(
         num_labels: classes of a sequence classifier; None: a language model. Its head's values are whatever
             transformers drew: init_head must follow.
         label_names: of the classes, for the config; pad_token_id: what the rows are padded with (data's own), which
-            decoders look for (data_rows.classification_pad_id). A classifier needs it.
+            decoders look for (data_labels.classification_pad_id). A classifier needs it.
     Raises:
         ValueError: weights cannot be loaded, or the base lacks some; the padding does not fit the model.
     """

@@ -1,6 +1,6 @@
 """From samples to grains: collation, training and held-out data.
 
-data_rows.py turns files into samples, data_cache.py keeps these on disk, data_mix.py joins several sources,
+data_samples.py turns files into samples, data_cache.py keeps these on disk, data_mix.py joins several sources,
 data_order.py says which samples make up which step.
 Letters: B batch (rows of a grain), T tokens.  Labels are -100 where there is no loss and are *not* shifted: the logits
 at t are compared with `labels[:, t + 1]`.
@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ardtrain.data_cache import Samples, tokenizer_fingerprint
+from ardtrain.data_labels import classification_pad_id, find_labels
 from ardtrain.data_mix import Drawn, Mixture, Share, Source, open_samples
 from ardtrain.data_order import Cursor, Grain, RowRef, TrainOrder, cut_grains, pack, permutation
-from ardtrain.data_rows import DataSettings, classification_pad_id, find_labels
+from ardtrain.data_rows import DataSettings
 from ardtrain.data_sources import DataError
 from ardtrain.images import BadImageError, ImageReader
 from ardtrain.prefix_mask import token_types

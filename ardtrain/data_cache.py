@@ -1,4 +1,4 @@
-"""Tokenised samples on disk: written once by data_rows.py's walk over the files, memory-mapped by everyone after."""
+"""Tokenised samples on disk: written once by data_samples.py's walk over the files, memory-mapped by everyone after."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
-from ardtrain.data_rows import DataSettings, Tokenising
+from ardtrain.data_rows import DataSettings
+from ardtrain.data_samples import Tokenising
 from ardtrain.data_sources import DataError, check_source
 from ardtrain.data_sources import identity as source_identity
 from ardtrain.images import StoredImage

@@ -46,7 +46,7 @@ from ardtrain.config import (
     with_batch,
 )
 from ardtrain.data import DataSettings, EvalData, Source, TrainData
-from ardtrain.data_rows import find_labels
+from ardtrain.data_labels import find_labels
 from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
 from ardtrain.gather_sizes import WeightSizes
 from ardtrain.heads import Heads, find_heads, refuse_fused, split_heads

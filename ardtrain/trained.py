@@ -26,7 +26,7 @@ from ardtrain.checkpoint.finding import POINTERS, looks_complete
 from ardtrain.checkpoint.format import MANIFEST, read_manifest
 from ardtrain.config import ConfigError, RunConfig
 from ardtrain.config import load_config as load_run_config
-from ardtrain.data_rows import classification_pad_id
+from ardtrain.data_labels import classification_pad_id
 from ardtrain.engines_filling import fill_whole
 from ardtrain.export import peft_config, write_peft
 from ardtrain.fingerprint import fingerprint, hub_weight_files

@@ -36,7 +36,7 @@ from ardtrain.backbones import (
     meta_model,
 )
 from ardtrain.data import DataError, DataSettings, EvalData, Samples, TrainData, build_batch, find_labels
-from ardtrain.data_rows import classification_pad_id
+from ardtrain.data_labels import classification_pad_id
 from ardtrain.evaluation import class_logits, classification_metrics, held_out_loss, loss_sum, token_loss_sum
 from tests.threads import Threads
 from tests.tiny import CPU, HeldOutBatches, equal_bits, single_world, tiny_llama

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from ardtrain import data_sources
 from ardtrain.data import Samples, TrainData
-from ardtrain.data_rows import DataError, find_labels
+from ardtrain.data_labels import DataError, find_labels
 from ardtrain.data_sources import HubSource, check_source, commit_of, identity, load_hub, parse_hub, read_rows
 from tests.tiny import save_tiny_llama
 from tests.unit.test_classification import make as make_classes
