@@ -55,12 +55,30 @@ class MoveSchedule:
     mask_interval: int
     enable_scheduler: bool
 
+    def is_event(self, step: int) -> bool:
+        """Is this one of the event steps?"""
+        return reallocates(
+            step, total_steps=self.total_steps, init_warmup=self.init_warmup, final_warmup=self.final_warmup,
+            interval=self.mask_interval,
+        )  # fmt: skip
+
     def amount(self, step: int) -> int:
         """Components to move after this step: b, or with the scheduler b(t), at event steps, else 0."""
-        phases = {"total_steps": self.total_steps, "init_warmup": self.init_warmup, "final_warmup": self.final_warmup}
-        if not reallocates(step, **phases, interval=self.mask_interval):
+        if not self.is_event(step):
             return 0
-        return cubic_budget(step, amount=self.b, **phases) if self.enable_scheduler else self.b
+        if not self.enable_scheduler:
+            return self.b
+        phases = {"total_steps": self.total_steps, "init_warmup": self.init_warmup, "final_warmup": self.final_warmup}
+        return cubic_budget(step, amount=self.b, **phases)
+
+    def progress(self, step: int) -> float:
+        """Share of a change of budget that is made by event step `step`: 1 - (1 - P)^3, 1 from the last event on.
+
+        P: the event's number of all.
+        """
+        events = (self.total_steps - self.final_warmup - 1 - self.init_warmup) // self.mask_interval
+        done = min(1.0, (step - self.init_warmup) // self.mask_interval / events)
+        return 1.0 - (1.0 - done) ** 3
 
     @property
     def adapt_end(self) -> int:

@@ -124,10 +124,12 @@ class ProbeLoraBlock(Block):
     """Last steps of the run, in which ranks stay."""
     mask_interval: int = Field(ge=1)
     """Steps between two reallocations."""
-    b: int = Field(default=4, ge=1)
-    """Most components moved in one reallocation, over all sites."""
+    b: int = Field(default=4, ge=0)
+    """Most components moved in one reallocation, over all sites; 0, with target_r: ranks only grow, or only fall."""
     enable_scheduler: bool = True
     """Let b fall to 0 over the run (cubic)."""
+    target_r: float | None = Field(default=None, gt=0)
+    """Average rank of a site after the last reallocation, to which the budget goes from r, fast at first; None: r."""
     probes: Literal["ride", "separate"] = "ride"
     """ride: with the last 2 probe_steps steps before a reallocation; separate: that many passes of their own."""
     probe_components: int = Field(default=4, ge=1)
@@ -152,6 +154,8 @@ class ProbeLoraBlock(Block):
                 f"mask_interval={self.mask_interval} has fewer; lower probe_steps, raise mask_interval, or set "
                 "probes=separate"
             ]
+        if self.b == 0 and self.target_r is None:
+            return ["b=0 moves no component; raise it, or set target_r to the average rank that the run shall end with"]
         return []
 
 
@@ -690,7 +694,7 @@ def _elalora_schedule(name: str, block: ElaLoraBlock | ProbeLoraBlock, total_ste
             f"{name}.mask_interval={block.mask_interval} gives no reallocation in the {span} steps between the "
             "warm-ups; lower it below that or train longer"
         )
-    elif block.enable_scheduler and round(block.b * (1.0 - (block.mask_interval / span) ** 3)) < 1:
+    elif block.b and block.enable_scheduler and round(block.b * (1.0 - (block.mask_interval / span) ** 3)) < 1:
         errors.append(
             f"{name}.b={block.b} has fallen to 0 by the first reallocation (step "
             f"{block.init_warmup + block.mask_interval}); lower {name}.mask_interval={block.mask_interval} or raise b"

@@ -29,7 +29,8 @@ from ardtrain.schedule import MoveSchedule
 class ProbeLoraSettings(MoveSchedule):
     """The method's block of the config, field for field, and the run's length. b and the schedule: as ElaLoRA's.
 
-    per_tower: each tower keeps its total and has its own b.
+    target_r: average rank of a site after the last event, to which the budget goes from the start's; None: that.
+    per_tower: each tower keeps its share of the budget and has its own b.
     """
 
     probes: Literal["ride", "separate"]
@@ -39,7 +40,12 @@ class ProbeLoraSettings(MoveSchedule):
     budget_in: Literal["components", "parameters"]
     newborn_immunity: bool
     beta: float
+    target_r: float | None = None
     per_tower: bool = False
+
+    def due(self, step: int) -> bool:
+        """Is there an event after this step? With target_r the budget has moved, whatever b has fallen to."""
+        return self.is_event(step) if self.target_r is not None else self.amount(step) > 0
 
 
 class ProbeLora(Lora):
@@ -51,10 +57,11 @@ class ProbeLora(Lora):
         """table: the run's first; its numbers are the budget where parameters are counted."""
         s = self.settings = settings
         self.probes = self._prober = Prober(
-            table.sites, count=s.probe_components, rounds=s.probe_steps, ride=s.probes == "ride", due=self.due
+            table.sites, count=s.probe_components, rounds=s.probe_steps, ride=s.probes == "ride", due=s.due
         )
         self._costs = np.array([site.in_features + site.out_features for site in table.sites], np.int64)
         self._first = table
+        self._factor = 1.0 if s.target_r is None else s.target_r * len(table.sites) / table.total
         self._directions: dict[str, Tensor] = {}  # of the plan that is being applied
 
     def init(
@@ -94,7 +101,7 @@ class ProbeLora(Lora):
                 gate[components] += (1.0 - s.beta) * row_sums(rows * gradients).double().square()
 
     def due(self, step: int) -> bool:
-        return self.settings.amount(step) > 0
+        return self.settings.due(step)
 
     def adapt_end(self) -> int:
         return self.settings.adapt_end
@@ -118,15 +125,16 @@ class ProbeLora(Lora):
 
         def allocate(part: RankTable, own: Integers) -> RankPlan | None:
             sites = np.array([places[site.name] for site in part.sites])
-            costs = self._costs[sites]
+            costs = self._costs[sites] if s.budget_in == "parameters" else np.ones(len(sites), np.int64)
+            start = int(costs @ self._first.rank_array[sites])
             return exchange(
                 part,
                 values[own],
                 found.of(sites),
                 n=s.amount(step),
+                limit=round(start * (1.0 + (self._factor - 1.0) * s.progress(step))),
                 immune=None if immune is None else immune[own],
-                costs=costs if s.budget_in == "parameters" else None,
-                limit=int(costs @ self._first.rank_array[sites]),
+                costs=costs,
             )
 
         plan = allocate_by(table, allocate, per_tower=s.per_tower)
@@ -141,35 +149,34 @@ def exchange(
     found: Candidates,
     *,
     n: int,
+    limit: int,
     immune: NDArray[np.bool_] | None = None,
     costs: NDArray[np.int64] | None = None,
-    limit: int = 0,
 ) -> RankPlan | None:
-    """One event: the n lowest components leave, the best candidates are born in their place; None if nothing moves.
+    """One event: the lowest components leave, the best candidates are born in their place; None if nothing moves.
 
-    Ties go by (site, position). A candidate without signal is never born, nor one of a site at its largest rank.
+    n leave, and as many more as the table has beyond `limit`; births fill it up to the limit. What no candidate with
+    signal takes the place of stays, the best first. Both lists go by the value of a component for its cost, ties by
+    (site, position). No site gains beyond its largest rank.
 
     Args:
         scores: [R] in table order; immune: [R], components that may not leave.
-        costs: [S] numbers of a component; then both lists are ordered by their value for each number, and as many are
-            born as fit into what left and what the table lacks of `limit`. None: as many are born as leave.
+        costs: [S] of a component, 1 for each if None; limit: what all may cost.
     """
-    values, gains = np.asarray(scores, np.float64), found.scores
-    if costs is not None:
-        values, gains = values / costs[table.owners], gains / costs[found.owners]
+    price = np.ones(len(table.sites), np.int64) if costs is None else costs
+    values, gains = np.asarray(scores, np.float64) / price[table.owners], found.scores / price[found.owners]
     free = np.arange(table.total) if immune is None else np.flatnonzero(~immune)
-    leaving = free[np.argsort(values[free], kind="stable")][:n].tolist()
-    order = np.argsort(-gains, kind="stable")
+    ordered = free[np.argsort(values[free], kind="stable")]
+    over = int(price @ table.rank_array) - limit
+    beyond = np.cumsum(price[table.owners[ordered[n:]]])
+    leaving = ordered[: n + (int(np.searchsorted(beyond, over)) + 1 if over > 0 else 0)].tolist()
     ranks = table.rank_array.copy()
     np.subtract.at(ranks, table.owners[leaving], 1)
     most = table.known_sites.max_ranks
-    price = np.ones(len(table.sites), np.int64) if costs is None else costs
-    room = int(price[table.owners[leaving]].sum())
-    if costs is not None:
-        room += max(0, limit - int(costs @ table.rank_array))
+    room = limit - int(price @ ranks)
     grown: list[int] = []
     lowest = 0.0
-    for place in order.tolist():
+    for place in np.argsort(-gains, kind="stable").tolist():
         index = int(found.owners[place])
         if gains[place] <= 0.0 or room < int(price.min()):
             break
@@ -178,13 +185,13 @@ def exchange(
             ranks[index] += 1
             room -= int(price[index])
             lowest = float(found.scores[place])
-    for component in reversed(list(leaving)):  # what nobody takes the place of stays, the best first
+    for component in reversed(list(leaving)):
         index = int(table.owners[component])
         if price[index] <= room and ranks[index] < most[index]:
             leaving.remove(component)
             ranks[index] += 1
             room -= int(price[index])
-    if not grown:
+    if not grown and not leaving:
         return None
     numbers = {"lowest_born": lowest, "highest_candidate": float(found.scores.max())}
     if leaving:

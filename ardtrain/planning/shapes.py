@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from ardtrain.logits import Form as LogitForm
 from ardtrain.logits import LogitHead
 from ardtrain.methods.base import Method
 from ardtrain.planning.tracing import META, Bytes, Kinds, layer_stacks, trace
+from ardtrain.ranks import RankTable
 from ardtrain.token_rows import TokenRows, embedding_path
 from ardtrain.utilisation import matmul_numbers
 
@@ -249,7 +251,7 @@ def read_shapes(config: RunConfig, *, base_on_nvme: bool = False) -> Shapes:
         return Shapes(config, model, shape, None, None)
     steps = config.max_steps or preflight.UNKNOWN_STEPS
     method = preflight.make_method(config, shape, total_steps=steps)
-    layout = ArenaLayout(shape.table, method.entries, shape.dense)
+    layout = ArenaLayout(_largest(config, shape.table), method.entries, shape.dense)
     dropout = {s.tower: adapter_settings(config, s.tower).lora_dropout for s in shape.table.sites}
     adapters: dict[str, AdapterLinear | DenseModule] = {
         **attach(model, shape.table.sites, dropout=dropout, form=preflight.adapter_form(config), heads=shape.heads)
@@ -261,6 +263,16 @@ def read_shapes(config: RunConfig, *, base_on_nvme: bool = False) -> Shapes:
     if shape.tokens:
         adapters[embedding_path(model)] = TokenRows(model, shape.tokens)
     return Shapes(config, model, shape, method, layout, adapters)
+
+
+def _largest(config: RunConfig, table: RankTable) -> RankTable:
+    """The table that a run is planned for: its start, or what probe_lora grows it to, spread evenly."""
+    target = config.probe_lora.target_r if config.probe_lora is not None else None
+    total = math.ceil((target or 0.0) * len(table.sites))
+    if total <= table.total:
+        return table
+    ranks = [min(s.max_rank, math.ceil(r * total / table.total)) for s, r in zip(table.sites, table.ranks, strict=True)]
+    return RankTable.start(table.sites, ranks)
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

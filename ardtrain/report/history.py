@@ -159,6 +159,6 @@ def budget(method: str, settings: Mapping[str, Any], start: Integers) -> NDArray
         return np.full(len(start), float(own["target_r"]))
     if method == "ard_lora" and not own.get("budget", True):
         return None
-    if method == "ard_lora" and own.get("target_r") is not None:
+    if method in ("ard_lora", "probe_lora") and own.get("target_r") is not None:
         return np.full(len(start), float(own["target_r"]))
     return start.astype(np.float64) if len(start) else None

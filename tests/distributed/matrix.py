@@ -73,7 +73,7 @@ ADALORA = AdaLoraSettings(
     compact="end",
 )
 ALORA = AloraSettings(total_steps=STEPS, k1=10, k2=8, rounds=4, n_a=6, prune_only_harmful=False, revive=False)
-PROBE = probe_lora(total_steps=STEPS, mask_interval=7, budget_in="parameters")
+PROBE = probe_lora(total_steps=STEPS, mask_interval=7, budget_in="parameters", target_r=2.5)
 IDENTITY = checkpoint.Identity("tiny", "tokens", {})
 
 

@@ -206,6 +206,16 @@ def test_every_method_is_planned(folder, method):
     assert plan.largest_rows > 100
 
 
+def test_a_run_that_grows_is_planned_at_its_end(folder):
+    block = {"init_warmup": 10, "final_warmup": 10, "mask_interval": 20}
+    small, large, grown = (
+        planned(folder, method="probe_lora", bf16=True, r=r, lora_alpha=8.0, probe_lora=block | own)
+        for r, own in ((2, {}), (6, {}), (2, {"target_r": 6.0, "b": 0}))
+    )
+    weights = [plan.memory.device["step"]["arena weights"] for plan in (small, large, grown)]
+    assert weights[0] < weights[1] == weights[2]
+
+
 def planned_full(folder):
     values = {
         "model_name_or_path": str(folder), "method": "full", "data": {"train_file": "none.jsonl"}, "max_length": 16,

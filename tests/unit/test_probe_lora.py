@@ -253,7 +253,7 @@ def test_in_noise_no_site_grows_more_than_chance():
         hear(prober, lambda g, site: sizes[site.name] * torch.randn(16, 24, generator=generator) @ mixing, event=event)
         found = prober.candidates(event)
         above += len(set(found.owners[found.scores > 0.0].tolist()))
-        plan = exchange(RankTable.start(sites, [2] * 6), np.zeros(12), found, n=1)
+        plan = exchange(RankTable.start(sites, [2] * 6), np.zeros(12), found, n=1, limit=12)
         for index, change in ({} if plan is None else plan.changes).items():
             born[index] += change.born
     assert chisquare(born).pvalue > 1e-3, born
@@ -323,7 +323,7 @@ def found_of(owners, scores):
 
 def test_exchange_moves_as_many_as_leave():
     table = RankTable.start(sites_of((6, 6), (6, 6), (6, 6)), [2, 1, 0])
-    plan = exchange(table, [3.0, 1.0, 2.0], found_of([0, 2, 2, 1], [0.1, 5.0, 4.0, 0.2]), n=2)
+    plan = exchange(table, [3.0, 1.0, 2.0], found_of([0, 2, 2, 1], [0.1, 5.0, 4.0, 0.2]), n=2, limit=3)
     after = plan.apply(table)
     assert after.ranks == (1, 0, 2)  # a site may end empty, and an empty one grow
     assert plan.scores["highest_pruned"] == 2.0 and plan.scores["lowest_born"] == 4.0
@@ -332,14 +332,15 @@ def test_exchange_moves_as_many_as_leave():
 def test_exchange_spares_the_immune_and_full_sites():
     table = RankTable.start(sites_of((2, 2), (6, 6)), [2, 2])
     immune = np.array([False, False, True, True])
-    plan = exchange(table, [5.0, 4.0, 1.0, 2.0], found_of([0, 1], [9.0, 1.0]), n=1, immune=immune)
+    plan = exchange(table, [5.0, 4.0, 1.0, 2.0], found_of([0, 1], [9.0, 1.0]), n=1, limit=4, immune=immune)
     assert plan.apply(table).ranks == (2, 2)  # the lowest that may leave is of the full site, which makes room in it
-    assert exchange(table, [5.0, 4.0, 1.0, 2.0], found_of([0, 1], [9.0, 1.0]), n=1, immune=np.ones(4, bool)) is None
+    spared = np.ones(4, bool)
+    assert exchange(table, [5.0, 4.0, 1.0, 2.0], found_of([0, 1], [9.0, 1.0]), n=1, limit=4, immune=spared) is None
 
 
 def test_exchange_without_signal_moves_nothing():
     table = RankTable.start(sites_of((6, 6)), [2])
-    assert exchange(table, [1.0, 2.0], found_of([0], [0.0]), n=1) is None
+    assert exchange(table, [1.0, 2.0], found_of([0], [0.0]), n=1, limit=2) is None
 
 
 def test_exchange_counts_parameters():
@@ -351,6 +352,33 @@ def test_exchange_counts_parameters():
     again = plan.apply(table)
     second = exchange(again, [1.0] * 4, found_of([1], [1.0]), n=1, costs=costs, limit=50)
     assert second.apply(again).ranks == (0, 3, 2)  # what was free is used; nobody has to leave for it
+
+
+@pytest.mark.parametrize(("limit", "ranks"), [(6, (2, 4)), (4, (1, 3)), (3, (1, 2)), (2, (1, 1))])
+def test_exchange_follows_the_limit(limit, ranks):
+    """One moves, and the table of four grows or falls; with a limit of two all that leave stay gone but one."""
+    table = RankTable.start(sites_of((6, 6), (6, 6)), [2, 2])
+    plan = exchange(table, [4.0, 1.0, 3.0, 2.0], found_of([1, 1, 0], [3.0, 2.0, 0.0]), n=1, limit=limit)
+    assert plan.apply(table).ranks == ranks
+
+
+def test_exchange_grows_no_further_than_there_is_signal():
+    table = RankTable.start(sites_of((6, 6)), [2])
+    plan = exchange(table, [1.0, 2.0], found_of([0, 0], [1.0, 0.0]), n=0, limit=9)
+    assert plan.apply(table).ranks == (3,)
+
+
+def test_a_run_ends_with_the_rank_it_aims_at(trainers):
+    """From rank 4 up or down, with and without moves; the last event brings the last of them."""
+    for target, b in ((6.0, 0), (4.5, 2), (2.0, 0)):
+        trainer = trainers(probe_lora(target_r=target, b=b, newborn_immunity=False))
+        start = trainer.arena.table
+        totals = [start.total]
+        for _ in range(50):
+            trainer.train_step()
+            totals.append(trainer.arena.table.total)
+        assert totals[0] == 4 * len(start.sites) and totals[-1] == target * len(start.sites)
+        assert totals == sorted(totals, reverse=target < 4.0)
 
 
 def test_a_run_moves_ranks_and_keeps_their_total(trainers):
@@ -415,5 +443,9 @@ def test_settings_are_checked():
     with pytest.raises(ConfigError, match="probe_steps=6 needs 12 steps before a reallocation and mask_interval=10"):
         parse_config(raw | {"probe_lora": block})
     assert parse_config(raw | {"probe_lora": block | {"probes": "separate"}}).probe_lora.probe_components == 4
+    grown = block | {"mask_interval": 20, "b": 0}
+    assert parse_config(raw | {"probe_lora": grown | {"target_r": 12}}).probe_lora.target_r == 12.0
+    with pytest.raises(ConfigError, match="b=0 moves no component; raise it, or set target_r"):
+        parse_config(raw | {"probe_lora": grown})
     with pytest.raises(ConfigError, match=r"probe_lora.mask_interval=90 gives no reallocation"):
         parse_config(raw | {"probe_lora": block | {"mask_interval": 90}})

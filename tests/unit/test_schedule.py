@@ -7,6 +7,7 @@ from transformers import get_scheduler
 from ardtrain import schedule
 from ardtrain.schedule import (
     LOSS_SCALE_GROWTH_STEPS,
+    MoveSchedule,
     cubic_budget,
     falling_budget,
     learning_rate,
@@ -75,6 +76,13 @@ def test_events_lie_between_the_warmups_only():
 def test_every_step_may_be_an_event():
     found = [t for t in range(12) if reallocates(t, total_steps=12, init_warmup=0, final_warmup=0, interval=1)]
     assert found == list(range(1, 12))
+
+
+def test_progress_of_a_budget_by_hand():
+    """Events after steps 8, 12 and 16 of 20; the budget's way is 19, 26 and 27 of 27 done."""
+    moves = MoveSchedule(20, b=2, init_warmup=4, final_warmup=3, mask_interval=4, enable_scheduler=True)
+    assert [t for t in range(20) if moves.is_event(t)] == [8, 12, 16]
+    assert [moves.progress(t) for t in (8, 12, 16, 19)] == pytest.approx([19 / 27, 26 / 27, 1.0, 1.0])
 
 
 def test_loss_scale_doubles_after_enough_good_steps():
