@@ -20,6 +20,7 @@ _REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")  # a revi
 
 
 DEFAULT_CONFIG = "ardtrain.yaml"
+MAX_VALUES = 100_000  # of a file, aliases written out
 
 
 class ConfigError(ValueError):
@@ -36,6 +37,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):  # such as of {{question}} without quotes
+                problem = "a key is a list or a mapping; write a text with braces in quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -68,12 +72,39 @@ def parse_yaml(text: str, *, source: str) -> Any:
         ConfigError: not YAML; the line says where and quotes nothing of the text.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        loader = _Loader(text)  # a SafeLoader
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_aliases(node)
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError([f"{source}{line}: {error.problem}; correct the YAML there"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{source}: {type(error).__name__}; correct the YAML there"]) from None
+    except yaml.reader.ReaderError as error:
+        at = text.count("\n", 0, error.position) + 1
+        raise ConfigError([f"{source} line {at}: a character that YAML does not take; remove it"]) from None
+    except RecursionError:
+        raise ConfigError([f"{source}: nested too deeply; correct the YAML there"]) from None
+
+
+def _check_aliases(root: yaml.Node) -> None:
+    """Refuses aliases that hold themselves, or lists of lists of them: what is read later would not end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        known = sizes.get(id(node))
+        if known is None:
+            sizes[id(node)] = MAX_VALUES + 1  # of one that holds itself
+            inside = () if isinstance(node, yaml.ScalarNode) else node.value
+            parts = [part for entry in inside for part in (entry if isinstance(entry, tuple) else (entry,))]
+            sizes[id(node)] = known = 1 + sum(map(size, parts))
+        if known > MAX_VALUES:
+            problem = f"stands, with its aliases, for more than {MAX_VALUES:,} values, or for itself"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return known
+
+    size(root)
 
 
 def with_config(arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The config: what is read, what is refused, and with which words."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -420,13 +421,20 @@ def test_update_checks_again_and_defaults_follow():
         updated(config, {"bf16": True, "fp16": True})
 
 
+BOMB = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefgh"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("r: 1\nr: 2\n", "line 6: r stands twice"),
         ("r: [1\n", "line 6: expected"),
         ("hf_token: abc: xyzzy\n", "line 5: mapping values are not allowed here"),
-        ("\x01\n", "ReaderError"),
+        ("\x01\n", "line 5: a character that YAML does not take; remove it"),
+        ("t: {{question}}\n", "line 5: a key is a list or a mapping; write a text with braces in quotes"),
+        ("t: " + "[" * 3000 + "]" * 3000, "nested too deeply; correct"),
+        ("t: &t [*t]\n", "line 5: stands, with its aliases, for more than 100,000 values, or for itself"),
+        ("a: &a [x,x,x,x,x,x,x]\n" + BOMB, "for more than 100,000 values, or for itself"),
     ],
 )
 def test_yaml_mistakes_name_the_line_and_quote_nothing(tmp_path, text, message):
