@@ -27,6 +27,7 @@ from ardtrain.adapters import (
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, enable_checkpointing, tower_text
 from ardtrain.cards import Described, write_card
+from ardtrain.checkpoint import saving
 from ardtrain.config import AloraBlock, adapter_settings
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import image_inputs, loss_sum
@@ -307,7 +308,10 @@ class AdapterRun(Session):
             # matplotlib: 0.3 s that no other process and no start needs
             from ardtrain.report.pictures import draw_ranks
 
-            draw_ranks(self.run_dir / "ranks.jsonl", picture)
+            try:
+                draw_ranks(self.run_dir / "ranks.jsonl", picture)
+            except OSError as error:  # the run has all it is for; `ardtrain ranks` draws it again
+                logger.warning("%s was not drawn: %s", picture, saving.reason(error))
         by_tower = tower_text(self.arena.layout)
         lines = [f"adapter: {self.run_dir / 'adapter'} ({check})", f"ranks: {picture}"]
         self.finish(code, "\n".join([*([f"by tower: {by_tower}"] if by_tower else []), *lines]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from ardtrain.data_sources import identity as source_identity
 from ardtrain.images import StoredImage
 
 _CACHE_FORMAT = 2  # raise when the meaning of the cached columns changes
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _IMAGE_FEATURES = {"image_path": Value("string"), "image_data": Value("binary"), "image_digest": Value("string")}
 _FEATURES = Features(
     {
@@ -135,8 +137,9 @@ class Samples:
         self.cache_key = _cache_key(settings, tokenizer)
         self.folder = folder = Path(cache_dir) / _folder_name(settings, self.cache_key)
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(folder):
+            with _telling_of_the_cache(folder.parent):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder), _telling_of_the_cache(folder.parent, only=_NO_ROOM):
                 if not folder.exists():
                     _write_cache(folder, settings, tokenizer)
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -178,6 +181,20 @@ class Samples:
             f"{self._files[file]}:{line}{f'#{piece}' if piece else ''}"
             for file, line, piece in zip(*columns, strict=True)
         ]
+
+
+@contextmanager
+def _telling_of_the_cache(root: Path, *, only: Sequence[int] | None = None) -> Iterator[None]:
+    """ValueError for an OSError, of these numbers if some are given: others may be of the rows' own files."""
+    try:
+        yield
+    except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
+        raise ValueError(
+            f"tokenised rows cannot be kept in {root} ({error.strerror or error}); free some space there, or set "
+            "ARDTRAIN_CACHE to another folder"
+        ) from error
 
 
 @contextmanager

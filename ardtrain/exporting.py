@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
+
+from safetensors import SafetensorError
 
 from ardtrain import checkpoint, export, preflight
 from ardtrain.backbones import DTYPES
@@ -80,16 +83,28 @@ def export_peft(trained: Trained, out: Path, *, uniform_rank: bool = False, with
     if not without_base:
         _check_memory(trained)
     building = out.with_name(f".{out.name}.tmp")
-    checkpoint.remove_folder(building)
     try:
+        checkpoint.remove_folder(building)
         config = trained.write_adapter(building, uniform_rank=uniform_rank)
     except ValueError as error:
         raise ConfigError([f"{trained.path}: {error}"]) from error
+    except (OSError, SafetensorError) as error:
+        raise unwritable(out, building, error) from error
     check = _compare_products(trained, building) if without_base else _compare(trained, building)
     ranks = export.module_ranks(trained.layout)
-    write_card(building, describe(trained, "adapter", ranks, [check]))
-    building.rename(out)
+    try:
+        write_card(building, describe(trained, "adapter", ranks, [check]))
+        building.rename(out)
+    except OSError as error:
+        raise unwritable(out, building, error) from error
     return [*_told(trained, config, ranks), check, f"adapter: {out}"]
+
+
+def unwritable(out: Path, building: Path, error: Exception) -> ConfigError:
+    """What to tell where `--out` could not be written; nothing is left of it."""
+    with contextlib.suppress(OSError):
+        checkpoint.remove_folder(building)
+    return ConfigError([f"--out {out}: cannot be written ({error}); free some space there, or name another folder"])
 
 
 def describe(

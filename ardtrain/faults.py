@@ -7,6 +7,7 @@ watchdog is handed its store. Exit codes: 70 another process failed, or the stor
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import re
 import signal
@@ -122,18 +123,27 @@ class StopRequest:
     def carried_out(self) -> None:
         """Remove the STOP file, after the stop's checkpoint stands; otherwise the next start would stop at once."""
         if self._reads_file:
-            self.path.unlink(missing_ok=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:  # the checkpoint stands: no reason to fail
+                text = "%s cannot be removed (%s); remove it, or the next start stops at once"
+                logging.getLogger(__name__).warning(text, self.path, error.strerror)
 
 
 def replace_file(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` so that a reader, or a crash, sees the old file or the new one and nothing between."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # on a full disk, half of it
+        raise
 
 
 def write_status(run_dir: str | os.PathLike[str], state: State, step: int, **details: object) -> None:

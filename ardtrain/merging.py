@@ -19,7 +19,7 @@ from ardtrain import checkpoint, export, preflight
 from ardtrain.backbones import auto_class, load_config, load_tokenizer
 from ardtrain.cards import CARD, write_card
 from ardtrain.config import ConfigError
-from ardtrain.exporting import Arguments, describe
+from ardtrain.exporting import Arguments, describe, unwritable
 from ardtrain.fingerprint import INDEX, hub_weight_files
 from ardtrain.loading import verify_files
 from ardtrain.loading.verifying import SUMS
@@ -129,9 +129,9 @@ def merge(trained: Trained, out: Path, *, check: bool = False) -> list[str]:
             ]
         )
     building = out.with_name(f".{out.name}.tmp")
-    checkpoint.remove_folder(building)
-    building.mkdir(parents=True)
     try:
+        checkpoint.remove_folder(building)
+        building.mkdir(parents=True)
         changes = Changes(trained)
         plan = make_plan(opened, changes)
         _check_room(building, sum(path.stat().st_size for path in paths))
@@ -142,14 +142,16 @@ def merge(trained: Trained, out: Path, *, check: bool = False) -> list[str]:
         if check:
             checks.append(_compare(trained, building))
         write_card(building, describe(trained, "merged", export.module_ranks(trained.layout), checks))
-    except (OSError, ValueError) as error:
+        building.rename(out)
+    except OSError as error:
+        raise unwritable(out, building, error) from error
+    except ValueError as error:
         checkpoint.remove_folder(building)
         if isinstance(error, ConfigError):
             raise
         raise ConfigError([str(error)]) from error
     finally:
         opened.weights.close()
-    building.rename(out)
     gib = sum(path.stat().st_size for path in paths) / 2**30
     told = f"{len(changes.names)} tensors changed, {gib:.2f} GiB in {time.monotonic() - started:.1f} s"
     return [f"{trained.path}: step {trained.step}: {told}", *checks, f"model: {out}"]

@@ -11,6 +11,7 @@ from ardtrain.config import METHODS, ConfigError, parse_config
 from ardtrain.config.commented import Line, commented_yaml
 from ardtrain.config.schema import FILE_NAME, schema_text
 from ardtrain.config.text import parse_yaml
+from ardtrain.faults import replace_file
 
 TASKS = ("sft", "classification", "vqa")
 MAX_STEPS = 1000
@@ -42,8 +43,8 @@ def new(arguments: Sequence[str]) -> int:
         raise ConfigError([f"--out {out}: is there already; remove it or name another"])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-        out.with_name(FILE_NAME).write_text(schema_text(), encoding="utf-8")
+        replace_file(out, text)
+        replace_file(out.with_name(FILE_NAME), schema_text())
     except OSError as error:
         raise ConfigError([f"{error.filename or out}: cannot be written ({error.strerror})"]) from error
     print(f"{out}; next: ardtrain validate {out}")

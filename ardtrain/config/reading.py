@@ -33,6 +33,7 @@ from ardtrain.config.text import (
     read_deepspeed_json,
     read_yaml,
     secret_errors,
+    tilde_errors,
     write_yaml,
 )
 
@@ -124,7 +125,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _checked(raw: dict[str, Any], errors: list[str]) -> RunConfig:
-    errors = [*secret_errors(raw), *errors]
+    errors = [*secret_errors(raw), *tilde_errors(raw), *errors]
     known = _without_unknown(raw, errors)
     try:
         config = RunConfig.model_validate(known)

@@ -197,6 +197,20 @@ def secret_errors(raw: object, path: str = "") -> list[str]:
     return errors
 
 
+def tilde_errors(raw: object, path: str = "") -> list[str]:
+    """One line for each path that begins with `~`: only shells read it, and not within a YAML file.
+
+    Templates of texts may begin so.
+    """
+    if isinstance(raw, str):
+        setting = path.removesuffix(".")
+        if (raw == "~" or raw.startswith("~/")) and not setting.endswith("template"):
+            return [f"{setting}={raw} begins with ~, which nothing expands here; write the whole path"]
+        return []
+    inside = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
+    return [error for key, value in inside for error in tilde_errors(value, f"{path}{key}.")]
+
+
 def deepspeed_folder() -> Path:
     """Where the named DeepSpeed configs lie: data of the installed package, or the checkout's ds_configs/."""
     package = Path(__file__).resolve().parent.parent

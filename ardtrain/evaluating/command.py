@@ -159,8 +159,13 @@ class Evaluation:
             self.model.release()
 
         def tell() -> None:
-            report.write(out, self._head(target))
-            write_status(out, "finished", self.model.step)  # a failure writes one too
+            try:
+                report.write(out, self._head(target))
+                write_status(out, "finished", self.model.step)  # a failure writes one too
+            except OSError as error:
+                raise ConfigError(
+                    [f"--out={out}: cannot be written ({error}); free some space, or choose another folder"]
+                ) from error
             report.tell(out, seconds=time.monotonic() - start)
 
         self.world.ask_main(tell)

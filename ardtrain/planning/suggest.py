@@ -22,6 +22,7 @@ from ardtrain.config.text import merged, parse_overrides, read_yaml
 from ardtrain.data_mix import Mixture, open_samples
 from ardtrain.data_order import mixed_order
 from ardtrain.deepspeed_config import take_over
+from ardtrain.faults import replace_file
 from ardtrain.planning.advice import suggestions
 from ardtrain.planning.hardware import Machine, machine_of
 from ardtrain.planning.plan import Plan, changed, make_plan
@@ -75,8 +76,8 @@ def suggest(arguments: Sequence[str]) -> int:
         print(text, end="")
         return 0
     try:
-        given.out.write_text(text, encoding="utf-8")
-        given.out.with_name(FILE_NAME).write_text(schema_text(), encoding="utf-8")
+        replace_file(given.out, text)
+        replace_file(given.out.with_name(FILE_NAME), schema_text())
     except OSError as error:
         raise ConfigError([f"{error.filename or given.out}: cannot be written ({error.strerror})"]) from error
     print(f"{given.out}; next: ardtrain validate {given.out}")

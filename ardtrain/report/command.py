@@ -49,15 +49,17 @@ def write(order: Order) -> list[RunData]:
     """Writes what is ordered once. Returns the runs it shows."""
     runs = read_runs(order.folders)
     going_on = any(run.goes_on for run in runs)
+    written = order.out
     try:
         order.out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(order.out, html_page(runs, refresh_seconds=order.watch_seconds if going_on else None))
         if order.figures is not None:
             from ardtrain.report.figures import write_figures  # matplotlib
 
+            written = order.figures
             write_figures(runs, order.figures)
     except OSError as error:
-        raise ConfigError([f"{error.filename or order.out}: cannot be written ({error.strerror or error})"]) from error
+        raise ConfigError([f"{error.filename or written}: cannot be written ({error.strerror or error})"]) from error
     return runs
 
 

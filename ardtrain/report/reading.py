@@ -158,6 +158,8 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:  # the run ended before it was resolved
         return "", {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text ({error}); put back the run's own, or remove it") from error
     values = parse_yaml(text, source=str(path))
     return text, values if isinstance(values, dict) else {}
 

@@ -55,11 +55,14 @@ def ranks(arguments: Sequence[str]) -> int:
         if len(rest) == 2:
             from ardtrain.report.pictures import draw_ranks  # matplotlib
 
+            if not Path(rest[1]).suffix:
+                raise ConfigError([f"{rest[1]}: the picture's name has no ending that says its kind; add .png or .svg"])
+
             print(draw_ranks(Path(rest[0]) / "ranks.jsonl", rest[1]))
             return 0
         text = ranks_text(read_run(rest[0], rest[0]), heads=heads, colours=has_colours(sys.stdout, os.environ))
     except OSError as error:
-        raise ConfigError([f"{error.filename}: {error.strerror}"]) from error
+        raise ConfigError([f"{error.filename or rest[-1]}: {error.strerror or error}"]) from error
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError([str(error)]) from error
     print(text)

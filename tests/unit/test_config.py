@@ -328,6 +328,22 @@ def test_secrets_are_refused_without_quoting_them(key):
     assert line.startswith(f"deepspeed.wandb.0.{key} looks like a secret") and "xyzzy" not in line
 
 
+def test_a_path_from_home_is_refused_and_a_template_is_not():
+    raw = {
+        "model_name_or_path": "m",
+        "method": "lora",
+        "output_dir": "~/runs",
+        "data": {"train_file": ["a", "~/b.jsonl"]},
+    }
+    with pytest.raises(ConfigError, match="^output_dir=~/runs begins with ~, which nothing expands here") as caught:
+        parse_config(raw)
+    assert caught.value.errors[1] == "data.train_file.1=~/b.jsonl begins with ~, which nothing expands here; " + (
+        "write the whole path"
+    )
+    data = {"train_file": "a", "prompt_template": "~/{question}"}
+    assert parse_config(raw | {"output_dir": "o", "data": data}).data.prompt_template == "~/{question}"
+
+
 def test_token_counts_and_tokenizers_are_no_secrets():
     config = config_of(tokenizer_name_or_path="t", deepspeed={"max_tokens": 3, "tokenizer": 1})
     assert config.deepspeed == {"max_tokens": 3, "tokenizer": 1}

@@ -76,6 +76,12 @@ def test_stop_file_counts_on_process_0_only_and_is_removed_after_the_stop(tmp_pa
     assert first.requested() == StopCode.NONE
 
 
+def test_a_stop_file_that_cannot_be_removed_is_told_and_ends_nothing(tmp_path, caplog):
+    (tmp_path / "STOP").mkdir()
+    StopRequest(tmp_path, reads_file=True).carried_out()
+    assert "STOP cannot be removed (Is a directory); remove it, or the next start stops at once" in caplog.text
+
+
 def test_signal_sets_the_flag_and_the_old_handler_comes_back(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
     (tmp_path / "STOP").touch()
