@@ -54,8 +54,7 @@ def compare(
         ConfigError: mistakes in the suite, or another `compare` works in the same folder.
     """
     suite, written = read_suite(path, overrides, os.environ)
-    root = Path(suite.output_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    root = _made(suite.output_dir)
     with _locked(root):
         _prepare_rows(suite)
         starts = _say_starts(suite, describe or start_of)
@@ -89,8 +88,7 @@ def prepared_runs(
     config = run_config(suite, first_key(suite, next(iter(suite.methods))))
     if dry_run:
         return suite, config, [root / key.folder for key in next_runs(suite, {})]
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root):
+    with _locked(_made(suite.output_dir)):
         _prepare_rows(suite)
         runner = Runner(suite, _say_starts(suite, start_of), run_process)
         return suite, config, [job.folder for job in runner.ready()]
@@ -248,6 +246,15 @@ def start_of(config: RunConfig) -> Start:
     shape = check_model(take_over(config)[0])
     costs = {site.name: site.in_features + site.out_features for site in shape.table.sites}
     return Start(shape.table.total, shape.num_trained, costs)
+
+
+def _made(output_dir: str) -> Path:
+    """The suite's folder. Raises ConfigError."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"output_dir={output_dir} cannot be made ({error.strerror}); choose another"]) from None
+    return Path(output_dir)
 
 
 def _locked(root: Path) -> contextlib.AbstractContextManager[None]:

@@ -698,6 +698,12 @@ def test_a_metric_that_no_run_writes_ends_the_suite_after_one_run(tmp_path):
     assert len(fake.done) == 1
 
 
+def test_a_suites_folder_that_cannot_be_made_is_a_mistake(tmp_path):
+    path = write_suite(tmp_path)
+    with pytest.raises(ConfigError, match=r"output_dir=\S*suite.yaml/x cannot be made \(Not a directory\); choose ano"):
+        run(path, FakeRuns(), f"output_dir={path}/x")
+
+
 def test_two_comparisons_do_not_share_a_folder(tmp_path):
     path = write_suite(tmp_path)
 

@@ -328,6 +328,15 @@ def test_secrets_are_refused_without_quoting_them(key):
     assert line.startswith(f"deepspeed.wandb.0.{key} looks like a secret") and "xyzzy" not in line
 
 
+@pytest.mark.parametrize("setting", ["r", "lora_dropout", "max_steps", "elalora.b"])
+def test_truth_is_no_number(setting):
+    block = {"init_warmup": 1, "final_warmup": 1, "mask_interval": 1}
+    raw = {"model_name_or_path": "m", "method": "elalora", "output_dir": "o", "data": {"train_file": "a"}}
+    raw |= {"elalora": block | {"b": True}} if setting == "elalora.b" else {"elalora": block, setting: True}
+    with pytest.raises(ConfigError, match=f"^{setting}=True must be a number, not true or false; correct it"):
+        parse_config(raw)
+
+
 def test_a_path_from_home_is_refused_and_a_template_is_not():
     raw = {
         "model_name_or_path": "m",
