@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -35,77 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ardtrain.ablation_work import ONLY, WITHOUT, Group, Item, cut_work, lanes_of
 from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.collectives import World, deal
 from ardtrain.data import Batch
+from ardtrain.decoder_stack import Skipped, find_stack
 from ardtrain.evaluation import Grains, model_inputs
 from ardtrain.logits import LogitHead
 from ardtrain.packing import packed_arguments
-
-WITHOUT, ONLY = 0, 1  # the two sides of CS: one component off in M, one component on in M_none
-
-
-class Item(NamedTuple):
-    """One forward: a chunk of ablations (none: M or M_none itself) of one side on one grain."""
-
-    components: tuple[int, ...]
-    side: int
-    grain: int
-
-    @property
-    def copies(self) -> int:
-        return max(1, len(self.components))
-
-
-class Group(NamedTuple):
-    """Items that start at the same decoder layer; None: whole forwards."""
-
-    start: int | None
-    items: tuple[Item, ...]
-
-
-def cut_work(
-    layer_of: Sequence[int | None],
-    *,
-    chosen: Sequence[int],
-    num_grains: int,
-    ablations_per_forward: int,
-    alone: Collection[int] = (),
-) -> list[Group]:
-    """All forwards of one scoring; no function of the number of processes.
-
-    First whole forwards (M, M_none, components outside the decoder layers), then layer by layer. Within a group the
-    grain varies fastest, then the side, so that a process meets few of the 2 G starting states.
-
-    Args:
-        layer_of: [R] decoder layer of each component. chosen: the components to score. alone: those that share no
-            forward.
-    """
-    by_start: dict[int | None, list[int]] = {None: []}
-    for component in chosen:
-        by_start.setdefault(layer_of[component], []).append(component)
-    groups = []
-    for start in sorted(by_start, key=lambda s: -1 if s is None else s):
-        members, n = [c for c in by_start[start] if c not in alone], ablations_per_forward
-        chunks = [tuple(members[i : i + n]) for i in range(0, len(members), n)]
-        chunks += [(c,) for c in by_start[start] if c in alone]
-        if start is None:
-            chunks = [(), *chunks]
-        items = tuple(Item(c, s, g) for c in chunks for s in (WITHOUT, ONLY) for g in range(num_grains))
-        groups.append(Group(start, items))
-    return groups
-
-
-def lanes_of(groups: Sequence[Group], world_size: int, global_rank: int) -> list[tuple[int, int]]:
-    """(side, grain) of the starting states one process needs, in order."""
-    needed = {
-        (group.items[index].side, group.items[index].grain)
-        for group in groups
-        if group.start is not None
-        for index, _ in deal(len(group.items), world_size, global_rank)
-    }
-    return sorted(needed)
 
 
 @dataclass(frozen=True)
@@ -151,106 +89,6 @@ class AblationScores:
             "ablation_forwards": float(self.forwards),
             "ablation_exact_fraction": float(self.exact.double().mean()) if len(self.exact) else 1.0,
         }
-
-
-class _Skipped(nn.Module):
-    """In the place of a decoder layer or the output embedding: gives back its input, at no cost.
-
-    Attributes come from the module it stands for (some models ask a layer for its kind of attention), which is no
-    submodule of it: ZeRO-3 must not see it.
-    """
-
-    def __init__(self, original: nn.Module, give_back: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.__dict__["original"] = original
-        self.give_back = give_back
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["original"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.give_back(args[0] if args else kwargs["hidden_states"])
-
-
-class DecoderStack:
-    """The list of decoder layers, any part of which can be run alone."""
-
-    def __init__(self, path: str, layers: nn.ModuleList) -> None:
-        self.path, self.layers = path, layers
-        self._beside: int | None = None  # what layers return beside the hidden state, if a tuple; learnt from the first
-
-    def layer_of(self, module: str) -> int | None:
-        """Which layer a module sits in, by its path."""
-        inside = module.removeprefix(self.path + ".")
-        return None if inside == module else int(inside.partition(".")[0])
-
-    @contextlib.contextmanager
-    def part(self, start: int, stop: int, entering: Tensor | None) -> Iterator[dict[int, Tensor]]:
-        """While open, a forward runs layers start .. stop - 1 only; `start` gets `entering` [B, T, D] as its input.
-
-        The list keeps its length and the other layers are never called, so ZeRO-3 does not gather them.
-
-        Args:
-            entering: None: what the forward brings, for start 0.
-        Returns:
-            layer -> the hidden state that entered it, of the skipped ones.
-        Raises:
-            ValueError: the model did not run its layers once each, in order.
-        """
-        originals = list(self.layers)
-        order: list[int] = []
-        seen: dict[int, Tensor] = {}
-
-        def pass_on(index: int, hidden: Tensor) -> Any:
-            order.append(index)
-            seen[index] = hidden
-            return hidden if self._beside is None else (hidden, *[None] * self._beside)
-
-        def enter(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            order.append(index)
-            if index != start or entering is None:
-                return None
-            return ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
-
-        def learn(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            self._beside = len(out) - 1 if isinstance(out, tuple) else None
-
-        handles = [originals[start].register_forward_hook(learn)]
-        try:
-            for index, layer in enumerate(originals):
-                if start <= index < stop:
-                    handles.append(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
-                else:
-                    self.layers[index] = _Skipped(layer, partial(pass_on, index))
-            yield seen
-        finally:
-            for index, layer in enumerate(originals):
-                self.layers[index] = layer
-            for handle in handles:
-                handle.remove()
-        if order != list(range(len(originals))):
-            raise ValueError(
-                f"{self.path} did not run its {len(originals)} layers once each in order, so ablations cannot start in "
-                "the middle; set alora.prefix_cache=false"
-            )
-
-
-def find_stack(model: nn.Module, modules: Sequence[str]) -> DecoderStack | None:
-    """The list of decoder layers that holds most of the adapted modules, or None.
-
-    A list counts whose entries are all of classes that transformers never splits over devices.
-    """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    stacks = [
-        DecoderStack(path, m)
-        for path, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) and all(type(layer).__name__ in names for layer in m)
-    ]
-    held = [sum(s.layer_of(name) is not None for name in modules) for s in stacks]
-    return stacks[held.index(max(held))] if any(held) else None
 
 
 class _Grain:
@@ -609,7 +447,7 @@ class AblationScorer:
             return
         parent_path, _, child = self._head_path.rpartition(".")
         parent = self.module.get_submodule(parent_path)
-        setattr(parent, child, _Skipped(self._head, lambda hidden: hidden))
+        setattr(parent, child, Skipped(self._head, lambda hidden: hidden))
         try:
             yield
         finally:

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, DebertaV2Config, LlamaConfig, RobertaConfig
 
-from ardtrain.ablation import ONLY, WITHOUT, AblationScorer, cut_work, find_stack, lanes_of
+from ardtrain.ablation import AblationScorer
+from ardtrain.ablation_work import ONLY, WITHOUT, cut_work, lanes_of
 from ardtrain.adapters import AdapterLinear, attach, attach_dense, bind_arena, drop_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import find_sites
 from ardtrain.collectives import World
 from ardtrain.data import build_batch
+from ardtrain.decoder_stack import find_stack
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import held_out_loss, loss_sum
 from ardtrain.logits import find_logit_head
