@@ -285,11 +285,15 @@ class RankPlan:
     @cached_property
     def _arrays(self) -> _Changes:
         changes = [c for _, c in self._ordered]
-        folded = [tuple(position for position, _, _ in c.fold) if c.fold else () for c in changes]
         return _Changes(
             np.fromiter((i for i, _ in self._ordered), np.int64, len(changes)),
             np.fromiter((c.born for c in changes), np.int64, len(changes)),
-            *(_counted(places) for places in ([c.keep for c in changes], [c.zero for c in changes], folded)),
+            _counted([c.keep for c in changes]),
+            _counted([c.zero for c in changes]),
+            (
+                np.fromiter((len(c.fold) for c in changes), np.int64, len(changes)),
+                np.fromiter((own[0] for c in changes for own in c.fold), np.int64),
+            ),
         )
 
     def reshapes(self, table: RankTable) -> bool:
@@ -304,11 +308,17 @@ class RankPlan:
         """
         self.check(table)
         births, following = list(table.births), list(table.next_birth)
-        for index, change in self.changes.items():
-            old, first = births[index], following[index]
-            kept = old if change.keep == positions(len(old)) else tuple(map(old.__getitem__, change.keep))
-            births[index] = kept + tuple(range(first, first + change.born)) if change.born else kept
-            following[index] = first + change.born
+        counts, places = self._arrays.keep
+        kept = table.birth_array[np.repeat(table.offset_array[self._arrays.sites], counts) + places].tolist()
+        stops = np.cumsum(counts)
+        starts = stops - counts
+        for (index, change), start, stop in zip(self._ordered, starts.tolist(), stops.tolist(), strict=True):
+            old, first, born = births[index], following[index], change.born
+            if born:
+                births[index] = (*kept[start:stop], *range(first, first + born))
+                following[index] = first + born
+            elif change.keep != positions(len(old)):
+                births[index] = tuple(kept[start:stop])
         return RankTable(table.sites, tuple(births), tuple(following))
 
     def check(self, table: RankTable) -> None:

@@ -7,6 +7,7 @@ All of it happens on every process or on none: what can fail (a bad plan, newbor
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -346,6 +347,22 @@ class LiveArena:
             if state[name].untyped_storage().data_ptr() != entries.untyped_storage().data_ptr():
                 turn.spares.add(entries)
         return master, moments, state
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection inside, where a plan of 10,000 changed sites is made.
+
+    It makes tuples by the ten thousand, none of them garbage: looking at them is a fifth of its time, and now and then
+    the collection of all there is falls due, 0.3 s.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

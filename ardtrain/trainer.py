@@ -24,7 +24,7 @@ from ardtrain.evaluation import Grains, HeldOut, LossSum, held_out_loss, loss_su
 from ardtrain.methods.base import Method, Statistics
 from ardtrain.observe import Clock
 from ardtrain.ranks import named_seed
-from ardtrain.resize import LiveArena, ResizeRecord
+from ardtrain.resize import LiveArena, ResizeRecord, no_collection
 from ardtrain.tracing import part
 
 LOSS_SCALE_MIN = 2.0  # of fp16; 1 means no scaling and stays
@@ -545,12 +545,13 @@ class Trainer:
         self._probe(step)
         scores, notes = self._scores(step)
         self.state.pending_plan = False
-        plan = self.method.plan(step, scores)
-        if plan is None:
-            return None
-        drop_views(self.adapters)
-        with self.clock.section("resize"):
-            record = self.arena.apply(plan, step=step)
+        with no_collection():
+            plan = self.method.plan(step, scores)
+            if plan is None:
+                return None
+            drop_views(self.adapters)
+            with self.clock.section("resize"):
+                record = self.arena.apply(plan, step=step)
         if plan.again:
             return None
         self.state.events += 1

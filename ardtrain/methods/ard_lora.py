@@ -374,7 +374,10 @@ class ArdLora(FixedRank):
         in_use = np.bincount(table.owners[used], minlength=len(table.sites))[sites]  # a wide ramp reaches further
         need = np.minimum(np.maximum(logical + 1, np.repeat(in_use, heads)), most)  # one to grow into
         needs = np.stack([np.maximum.reduceat(need, slots.firsts), most[slots.firsts]], axis=1)
-        wanted = np.array([bucket(n, self.settings.capacities, m) for n, m in needs.tolist()])
+        each, like = np.unique(needs[:, 0] * (needs.max() + 1) + needs[:, 1], return_index=True, return_inverse=True)[
+            1:
+        ]
+        wanted = np.array([bucket(n, self.settings.capacities, m) for n, m in needs[each].tolist()])[like]
         outside = self.binding.state["outside"].numpy()
         outside[:] = np.where(np.repeat(wanted != ranks, heads), outside + 1, 0.0)
         moved = (wanted != ranks) & (first | (outside[slots.firsts] >= CHECKS))
@@ -385,9 +388,10 @@ class ArdLora(FixedRank):
         sorted_ones = sorted_components(gates_of, scores_of, ranks[single])
         orders = dict(zip(sites[single].tolist(), sorted_ones, strict=True))
         changes = {}
-        for site, rank, target in np.stack([sites, ranks, wanted], axis=1)[chosen].tolist():
-            order, fold = orders.get(site, (positions(rank), ()))
-            changes[site] = SiteChange(order[:target], born=max(0, target - rank), fold=fold)
+        born = np.maximum(0, wanted - ranks)
+        for site, rank, target, new in np.stack([sites, ranks, wanted, born], axis=1)[chosen].tolist():
+            order, fold = orders[site] if site in orders else (positions(rank), ())
+            changes[site] = SiteChange(order[:target], new, (), fold)
         return changes
 
     def _frozen_changes(self, final: Sequence[int], gates: Tensor) -> dict[int, SiteChange]:
@@ -619,7 +623,7 @@ def sorted_components(
     active = np.bincount(unit, gates > 0.0, minlength=len(ranks))[unit] > place
     key = np.where(active, -scores * gates, np.inf)
     key[stays[unit]] = 0.0
-    order = place[np.lexsort((key, unit))]
+    order = place[sorted_within(key, starts, ranks, place)]
     leaves, comes = (np.append(numbers, -1)[boundary] for numbers in (place, order))
     folds = ((num_half == 1) & ~stays & (comes != leaves)).tolist()
     rows = order.tolist()
@@ -630,6 +634,26 @@ def sorted_components(
         own = ((left, "lora_B", (gate,)), (came, "lora_B", (1.0 / gate,))) if fold else ()
         out.append((tuple(rows[start:end]), own))
     return out
+
+
+def sorted_within(keys: NDArray[np.float64], starts: Integers, counts: Integers, place: Integers) -> Integers:
+    """[n] the places of the keys in the whole, unit by unit, each unit's in ascending order of its keys, stable.
+
+    As np.lexsort of (key, unit); where units are of about one size, one row of a matrix each is three times as quick.
+
+    Args:
+        keys: [n], unit after unit, no NaN. starts, counts: [U] where each unit begins and its keys. place: [n] of each
+            key in its unit.
+    """
+    unit = np.repeat(np.arange(len(counts)), counts)
+    width = int(counts.max(initial=0))
+    if len(counts) * width > 4 * len(keys):
+        return np.lexsort((keys, unit))
+    rows = np.full((len(counts), width), np.inf)  # behind its keys, also behind those that are inf
+    rows[unit, place] = keys
+    inside = np.arange(width) < counts[:, None]
+    order: Integers = (np.argsort(rows, axis=1, kind="stable") + starts[:, None])[inside]
+    return order
 
 
 def project(

@@ -23,6 +23,7 @@ from ardtrain.methods.ard_lora import (
     make_units,
     project,
     sorted_components,
+    sorted_within,
     tied_keys,
 )
 from ardtrain.methods.base import Binding, Statistics
@@ -501,6 +502,15 @@ def test_units_are_sorted_each_for_itself():
     alone = [sorted_components(np.array(g), s, np.array([len(g)]))[0] for g, s in zip(units, scores, strict=True)]
     assert together == alone
     assert together[1] == ((), ()) and together[4] == ((0, 1, 2, 3), ())
+
+
+def test_sorting_within_units_is_lexsort():
+    numbers = np.random.default_rng(0)
+    for counts in (numbers.integers(1, 9, 50), np.array([40, *[1] * 30]), np.array([0, 3, 0]), np.array([], np.int64)):
+        starts, unit = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
+        keys = np.where(numbers.random(len(unit)) < 0.3, np.inf, numbers.integers(0, 3, len(unit)))  # ties, too
+        order = sorted_within(keys, starts, counts, np.arange(len(unit)) - starts[unit])
+        assert order.tolist() == np.lexsort((keys, unit)).tolist()
 
 
 def test_a_capacity_changes_after_two_checks_outside_its_bucket():
