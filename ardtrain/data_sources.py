@@ -97,6 +97,8 @@ def check_source(path: str, *, setting: str = ANY_SETTING) -> None:
             f"data file {path!r} is a folder; list its files, their order is part of the run (or, for a "
             f"data set's folder, write hub:{path})"
         )
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"data file {path!r} may not be read (Permission denied); make it readable")
     if not path.endswith(SUFFIXES):
         raise ValueError(f"data file {path!r} is none of {', '.join(SUFFIXES)}; convert it to JSONL")
 

@@ -46,7 +46,7 @@ def new(arguments: Sequence[str]) -> int:
         replace_file(out, text)
         replace_file(out.with_name(FILE_NAME), schema_text())
     except OSError as error:
-        raise ConfigError([f"{error.filename or out}: cannot be written ({error.strerror})"]) from error
+        raise ConfigError([f"{out}: cannot be written ({error.strerror})"]) from error
     print(f"{out}; next: ardtrain validate {out}")
     return 0
 

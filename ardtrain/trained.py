@@ -101,7 +101,7 @@ def find_checkpoint(where: str | Path) -> Found:
     if not path.is_dir():
         raise ConfigError([f"{where} does not exist; give a run's folder or one of its checkpoints"])
     run_dir = Path(os.path.abspath(path)).parent if path.name in ("", "..") else path.parent
-    if not (path / MANIFEST).is_file():
+    if not os.path.isfile(path / MANIFEST):  # in one that cannot be entered neither
         try:
             candidates = checkpoint.candidates(path, "auto")
         except checkpoint.CheckpointError as error:
@@ -115,7 +115,7 @@ def find_checkpoint(where: str | Path) -> Found:
             )
         # Where none is complete the first one's reader says what is damaged.
         path, run_dir, is_named = next(filter(looks_complete, candidates), candidates[0]), path, False
-    if not (run_dir / CONFIG).is_file():
+    if not os.path.isfile(run_dir / CONFIG):
         raise ConfigError([f"{run_dir} holds no {CONFIG}, which says what was trained; put the run's beside {path}"])
     return Found(path, run_dir, is_named)
 

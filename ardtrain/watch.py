@@ -141,7 +141,7 @@ def _existing(folders: Sequence[str]) -> Sequence[str]:
     wrong += [
         f"{f}: holds no run (no file `status`); name a run's output_dir"
         for f in folders
-        if Path(f).is_dir() and not any((Path(f) / name).is_file() for name in ("status", JOB_FILE))
+        if Path(f).is_dir() and not any(os.path.isfile(Path(f, name)) for name in ("status", JOB_FILE))
     ]
     if wrong or not folders:
         raise ConfigError(wrong or ["which run folder? name a run's output_dir"])
@@ -200,7 +200,11 @@ def look(folder: str | os.PathLike[str]) -> RunView:
 def _state(run_dir: Path) -> tuple[str, int]:
     if _waits(run_dir):
         return "submitted", 0
-    words = (run_dir / "status").read_text(encoding="utf-8").split()
+    try:
+        words = (run_dir / "status").read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no text"
+        raise ConfigError([f"{run_dir / 'status'}: cannot be read ({why}); make it a readable file"]) from error
     return (words[0] if words else "unknown"), int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
 
 

@@ -28,7 +28,7 @@ def open_regular(path: Path) -> FileIO:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing or damaged (it is not there); take another checkpoint") from error
     except OSError as error:
-        link = ": it is a symbolic link" if path.is_symlink() else ""
+        link = ": it is a symbolic link" if os.path.islink(path) else ""
         raise CheckpointError(
             f"{path} is missing or damaged (it cannot be opened{link}, {error.strerror}); take another checkpoint"
         ) from error

@@ -79,7 +79,7 @@ def suggest(arguments: Sequence[str]) -> int:
         replace_file(given.out, text)
         replace_file(given.out.with_name(FILE_NAME), schema_text())
     except OSError as error:
-        raise ConfigError([f"{error.filename or given.out}: cannot be written ({error.strerror})"]) from error
+        raise ConfigError([f"{given.out}: cannot be written ({error.strerror})"]) from error
     print(f"{given.out}; next: ardtrain validate {given.out}")
     return 0
 

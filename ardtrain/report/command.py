@@ -59,7 +59,7 @@ def write(order: Order) -> list[RunData]:
             written = order.figures
             write_figures(runs, order.figures)
     except OSError as error:
-        raise ConfigError([f"{error.filename or written}: cannot be written ({error.strerror or error})"]) from error
+        raise ConfigError([f"{written}: cannot be written ({error.strerror or error})"]) from error
     return runs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,8 @@ def read_runs(folders: Sequence[str]) -> list[RunData]:
             runs.append(read_run(folder, name))
         except ValueError as error:
             errors.append(str(error))
+        except OSError as error:
+            errors.append(f"{error.filename}: cannot be read ({error.strerror}); make it a readable file")
     if errors or not runs:
         raise ConfigError(errors or ["which run folder? name a run's output_dir"])
     return runs
@@ -106,7 +109,7 @@ def read_run(folder: str, name: str = "") -> RunData:
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{folder}: no such folder; name a run's output_dir")
-    if not (root / "status").is_file():
+    if not os.path.isfile(root / "status"):
         raise ValueError(f"{folder}: holds no run (no file `status`); name a run's output_dir")
     records = list(json_lines(root / "metrics.jsonl"))
     history = read_sites(root / "ranks.jsonl") if _has_ranks(root / "ranks.jsonl") else None

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import datasets
@@ -94,7 +95,7 @@ def test_cache_key_follows_contents_and_not_places(tmp_path, tokenizer):
     assert identity(f"hub:org/rows@{COMMIT}:dev") == ["hub", "org/rows", None, COMMIT, "dev"]
 
 
-def test_names_of_data_sets(tmp_path):
+def test_names_of_data_sets(tmp_path, monkeypatch):
     assert parse_hub("hub:org/rows") == HubSource("org/rows", None, None, "train")
     assert parse_hub("hub:rows:train[:50%]") == HubSource("rows", None, None, "train[:50%]")
     assert parse_hub(f"hub:org/rows/plain@{COMMIT}:dev") == HubSource("org/rows", "plain", COMMIT, "dev")
@@ -105,6 +106,10 @@ def test_names_of_data_sets(tmp_path):
             check_source(wrong)
     with pytest.raises(ValueError, match=re.escape(f"write hub:{tmp_path}")):
         check_source(str(tmp_path))
+    (tmp_path / "a.jsonl").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read all
+    with pytest.raises(ValueError, match="a.jsonl' may not be read .*; make it readable"):
+        check_source(str(tmp_path / "a.jsonl"))
 
 
 def test_offline_hub_says_what_to_do(monkeypatch):

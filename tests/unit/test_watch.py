@@ -74,6 +74,28 @@ def test_status_as_json(tmp_path, capsys):
     assert [view["run"] for view in json.loads(capsys.readouterr().out)] == runs
 
 
+@pytest.mark.parametrize("verb", ["status", "stop", "report"])
+def test_files_that_cannot_be_read_are_named(tmp_path, capsys, verb):
+    run = tmp_path / "run"
+    write_run(run, step=3)
+    (run / "status").write_bytes(b"\xff\xfe")
+    assert main([verb, str(run)]) == 2
+    assert f"{run / 'status'}: cannot be read (no text); make it a readable file" in capsys.readouterr().err
+    (run / "status").unlink()
+    (run / "status").mkdir()
+    assert main([verb, str(run)]) == 2
+    assert f"{run}: holds no run (no file `status`)" in capsys.readouterr().err
+
+
+def test_records_that_cannot_be_read_are_named(tmp_path, capsys):
+    write_run(tmp_path, step=3)
+    (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+    (tmp_path / "metrics.jsonl").mkdir()
+    for arguments in (["report"], ["ranks"]):
+        assert main([*arguments, str(tmp_path)]) == 2
+        assert f"{tmp_path / 'metrics.jsonl'}: " in capsys.readouterr().err
+
+
 def test_status_of_several_runs_is_a_line_each(tmp_path, capsys):
     done = write_run(tmp_path / "done", "finished", 100, last=100, best_loss=2.25)
     broken = write_run(tmp_path / "broken", "failed", 33, error="Traceback\n...\nFloatingPointError: boom\n")
