@@ -98,12 +98,14 @@ def num_image_tokens(model_config):
     return (vision.image_size // vision.patch_size) ** 2
 
 
-def train_in_full(model, batch_of, *, steps, rate):
+def train_in_full(model, batch_of, *, steps, rate, beside=None):
     """Trains every weight, plain PyTorch and AdamW; returns the mean loss of the last 50 steps.
 
     batch_of: step -> (prompts with their newline and answers as lists of ids, pixels [B, 3, H, W] from -1 to 1).
+    beside: a module that gives, after the model's forward, a loss to add; its weights are trained as well.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    weights = [p for module in (model, beside) if module is not None for p in module.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
@@ -118,8 +120,8 @@ def train_in_full(model, batch_of, *, steps, rate):
             input_ids=ids, pixel_values=pixels, token_type_ids=types, attention_mask=there.long(), use_cache=False,
             labels=ids.masked_fill((types == 0) | ~there, -100),
         ).loss  # fmt: skip
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (loss if beside is None else loss + beside()).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
