@@ -85,6 +85,7 @@ class Settings:
     length: int
     elalora: dict[str, int | float]  # its block; steps as fractions of the run
     budget: float = 1.0  # components of every method beside what is planted
+    shape: dict[str, int] = field(default_factory=dict)  # of the Llama, where it is not planted_teacher.Shape's
 
     @property
     def given(self):
@@ -98,15 +99,19 @@ class Problem:
 
     settings: Settings
     seed: int
-    shape: Shape = field(default_factory=Shape)
+
+    @cached_property
+    def llama(self):
+        """The base's shape."""
+        return Shape(**self.settings.shape)
 
     def rows(self, name, *, num_grains, rows):
         return RandomRows(
-            name, self.seed, num_grains=num_grains, rows=rows, length=self.settings.length, vocab=self.shape.vocab
+            name, self.seed, num_grains=num_grains, rows=rows, length=self.settings.length, vocab=self.llama.vocab
         )
 
     def base(self):
-        return random_base(self.shape, self.seed)
+        return random_base(self.llama, self.seed)
 
     @cached_property
     def matrices(self):
@@ -351,6 +356,13 @@ METHODS = {
     "probe_prune": Entry(partial(probe_from, 2.0), LORA_RATES, ranks=share_of(2.0)),
     "probe_steps10_late": Entry(partial(probe_lora, probe_steps=10, final_warmup=0.3), LORA_RATES),
     "probe_steps10_k8": Entry(partial(probe_lora, probe_steps=10, probe_components=8), LORA_RATES),
+    "probe_steps10_k8_late": Entry(
+        partial(probe_lora, probe_steps=10, probe_components=8, final_warmup=0.3), LORA_RATES
+    ),
+    "probe_steps10_k8_mortal": Entry(
+        partial(probe_lora, probe_steps=10, probe_components=8, newborn_immunity=False), LORA_RATES
+    ),
+    "probe_steps10_k16": Entry(partial(probe_lora, probe_steps=10, probe_components=16), LORA_RATES),
     "probe_mortal": Entry(partial(probe_lora, newborn_immunity=False), LORA_RATES),
     "probe_zero_moments": Entry(probe_lora, LORA_RATES, zero_moments=True),
 }
@@ -468,7 +480,7 @@ class Runs:
         self.done, self.bases, self._problem = {}, {}, None
         if out and Path(out).exists():
             kept = json.loads(Path(out).read_text())
-            if {"budget": 1.0} | kept["settings"] != asdict(settings):
+            if asdict(Settings(**kept["settings"])) != asdict(settings):
                 raise ValueError(f"{out} holds runs of other settings; remove it or name another file")
             self.done, self.bases = kept["runs"], kept["bases"]
 
@@ -542,6 +554,8 @@ def main():
     )
     options.add_argument("--steps", type=int, default=600)
     options.add_argument("--rates", help="learning rates for all methods instead of each one's own three")
+    options.add_argument("--rates-of", type=Path, metavar="FILE", help="each method's rate as chosen in that result")
+    options.add_argument("--shape", type=json.loads, default={}, help="JSON with some of hidden, mlp, layers, heads")
     options.add_argument(
         "--budget", choices=("components", "parameters"), default="components",
         help="parameters: where a method ends over 2 %% apart, gains count from uniform LoRA with as many numbers",
@@ -563,7 +577,7 @@ def main():
     settings = Settings(
         level=arguments.level, steps=arguments.steps, r=arguments.r or LEVELS[arguments.level][1], nats=arguments.nats,
         grains=arguments.grains, rows=arguments.rows, length=arguments.length, elalora=ELALORA | arguments.elalora,
-        budget=arguments.times,
+        budget=arguments.times, shape=arguments.shape,
     )  # fmt: skip
     world = join_world()
     if world.world_size != 1:
@@ -571,7 +585,8 @@ def main():
     runs = Runs(settings, world, arguments.out)
     names = ["lora", "oracle", *(n for n in names if n not in ("lora", "oracle"))]  # every gain needs these two
     given = tuple(float(r) for r in arguments.rates.split(",")) if arguments.rates else None
-    rates = {name: tune(runs, name, given or METHODS[name].rates) for name in names}
+    chosen = json.loads(arguments.rates_of.read_text())["rates"] if arguments.rates_of else {}
+    rates = {n: chosen[n] if n in chosen else tune(runs, n, given or METHODS[n].rates) for n in names}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     by_method = {name: [] for name in names}
     for seed in seeds:  # seed by seed: its teacher is made once

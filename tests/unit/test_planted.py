@@ -27,7 +27,8 @@ from benchmarks.planted_teacher import (
     with_floor,
 )
 
-SMALL = Shape(hidden=16, layers=1, heads=4, kv_heads=2, mlp=16, vocab=32)
+SHAPE = {"hidden": 16, "layers": 1, "heads": 4, "kv_heads": 2, "mlp": 16, "vocab": 32}
+SMALL = Shape(**SHAPE)
 SETTINGS = bench.Settings(
     level="matrix", steps=8, r=4, nats=0.2, grains=2, rows=2, length=8, elalora=dict(bench.ELALORA)
 )
@@ -108,7 +109,7 @@ def test_change_has_equal_singular_values():
 @pytest.mark.parametrize(("name", "rows", "columns"), [("q_proj", slice(4, 8), slice(None)),
                                                        ("o_proj", slice(None), slice(4, 8))])  # fmt: skip
 def test_change_of_a_head_stays_in_its_rows_or_columns(name, rows, columns):
-    problem = bench.Problem(replace(SETTINGS, level="head", r=1), 0, SMALL)
+    problem = bench.Problem(replace(SETTINGS, level="head", r=1, shape=SHAPE), 0)
     site = next(s for s in problem.sites if s.name.endswith(f"{name}:head.1"))
     before, after = random_base(SMALL, 0), random_base(SMALL, 0)
     add_change(after, site, torch.ones(site.out_features, site.in_features))
@@ -120,7 +121,7 @@ def test_change_of_a_head_stays_in_its_rows_or_columns(name, rows, columns):
 
 def test_teacher_differs_where_planted_by_that_rank_and_each_change_by_its_share():
     base = random_base(SMALL, 1)
-    problem = bench.Problem(SETTINGS, 1, SMALL)
+    problem = bench.Problem(replace(SETTINGS, shape=SHAPE), 1)
     sites, ids = problem.sites, problem.rows("size", num_grains=1, rows=16).collate((-1, 0)).input_ids
     planted = [2, 0, 1, 0, 4, 0, 0]
     teacher, sizes = plant(base, sites, planted, nats=0.1, input_ids=ids, generator=generator())
@@ -197,7 +198,7 @@ def bench_binding(table):
 
 @pytest.mark.parametrize("name", ["oracle", "elalora", "ard_lora"])
 def test_a_run_of_a_few_steps_keeps_the_budget_and_falls(world, name):
-    problem = bench.Problem(replace(SETTINGS, r=2), 2, replace(SMALL, layers=2))
+    problem = bench.Problem(replace(SETTINGS, r=2, shape=SHAPE | {"layers": 2}), 2)
     figures = bench.run(problem, name, 1e-2, world)
     assert figures["components"] == 2 * len(problem.sites) == 28
     assert figures["kl"] < bench.base_divergence(problem)
@@ -205,9 +206,9 @@ def test_a_run_of_a_few_steps_keeps_the_budget_and_falls(world, name):
 
 
 def test_runs_are_kept_and_not_mixed(world, tmp_path, capsys):
-    settings, out = replace(SETTINGS, steps=2, r=2), tmp_path / "planted.json"
+    settings, out = replace(SETTINGS, steps=2, r=2, shape=SHAPE | {"layers": 2}), tmp_path / "planted.json"
     runs = bench.Runs(settings, world, out)
-    runs._problem = bench.Problem(settings, 0, replace(SMALL, layers=2))
+    runs._problem = bench.Problem(settings, 0)
     first = runs.get("lora", 1e-2, 0)
     again = bench.Runs(settings, world, out)
     again._problem = runs._problem
