@@ -28,7 +28,7 @@ from ardtrain.arena import (
 )
 from ardtrain.collectives import World
 from ardtrain.engines import MOMENTS, AdamSettings, AdapterEngine, FullState
-from ardtrain.methods.base import Binding, Method, StateKind
+from ardtrain.methods.base import Binding, Method, SecondMoment, StateKind
 from ardtrain.ranks import Dense, RankPlan, RankTable
 
 
@@ -52,18 +52,21 @@ class Turn:
     """One plan applied to one array after another, each by one pass into a spare or new memory; arrays may be live.
 
     Survivors keep master, moments, age and statistics to the bit (-0.0 becomes 0.0). Newborn: weights from the method
-    (contribution exactly zero), first moment 0, second moment the mean of their site's survivors, age and statistics 0.
+    (contribution exactly zero), first moment 0, second moment the mean of their site's survivors or 0, age and
+    statistics 0.
     """
 
     def __init__(
-        self, table: RankTable, old: ArenaLayout, plan: RankPlan, newborn: Newborn, *, seed: int, step: int
-    ) -> None:
-        """Raises ValueError where the plan does not fit the table."""
+        self, table: RankTable, old: ArenaLayout, plan: RankPlan, newborn: Newborn, *, seed: int, step: int,
+        second_moment: SecondMoment = "survivors",
+    ) -> None:  # fmt: skip
+        """second_moment: of the newborn. Raises ValueError where the plan does not fit the table."""
         self.table = plan.apply(table)
         self.layout = ArenaLayout(self.table, old.parts, old.dense)
         self._repacking = Repacking(old, self.layout)
         self._born = self._repacking.source < 0
         self.spares = Spares()
+        self._second_moment = second_moment
         self._plan, self._newborn, self._names = plan, newborn, {"seed": seed, "step": step}
 
     def master(self, flat: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ class Turn:
     def moment(self, name: str, flat: Tensor) -> Tensor:
         """[N_new] from one of Adam's moments [N_old]."""
         out = self._repacking.apply(flat, self.spares)
-        if name == "exp_avg_sq":
+        if name == "exp_avg_sq" and self._second_moment == "survivors":
             fill_newborn_second_moment(out, self.layout, self._born)
         return out
 
@@ -296,7 +299,10 @@ class LiveArena:
                 self.engine.set_weights(weights)
             return ResizeRecord(before, before, plan, seconds)
         with _timed(seconds, "layout"):
-            turn = Turn(before, self.layout, plan, self.method.init, seed=self.seed, step=step)
+            turn = Turn(
+                before, self.layout, plan, self.method.init, seed=self.seed, step=step,
+                second_moment=self.method.needs.newborn_second_moment,
+            )  # fmt: skip
             shard = self._deal(turn.layout)
         master, moments, state = self._repack(turn, shard, seconds)
         with _timed(seconds, "method"):

@@ -21,15 +21,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 
-from ardtrain import resize
 from ardtrain.ablation import AblationScorer
 from ardtrain.adapters import attach, first_dense
 from ardtrain.backbones import find_sites
@@ -198,7 +195,7 @@ class Entry:
 
     build: (problem, first table) -> Method. rates: learning rates to choose from. ranks: problem -> [S] first ranks;
     None: uniform. form: of the adapters (adapters.attach). whole: its sites are matrices at any level; it gets the
-    evenest ranks that cost what uniform LoRA costs. zero_moments: newborn start without their site's second moment.
+    evenest ranks that cost what uniform LoRA costs.
     """
 
     build: Callable
@@ -206,7 +203,6 @@ class Entry:
     ranks: Callable | None = None
     form: str = "plain"
     whole: bool = False
-    zero_moments: bool = False
 
 
 def phases(steps):
@@ -235,6 +231,17 @@ def elalora_settings(problem):
 def elalora(problem, table):
     """ElaLoRA on every site; a head is a site of its own."""
     return ElaLora(elalora_settings(problem))
+
+
+class ElaLoraZero(ElaLora):
+    """ElaLoRA whose newborn begin without a second moment, as probe growth's do."""
+
+    needs = replace(ElaLora.needs, newborn_second_moment="zero")
+
+
+def elalora_zero(problem, table):
+    """Is it the newborn's moments rather than the probes?"""
+    return ElaLoraZero(elalora_settings(problem))
 
 
 class RandomMoves(ElaLora):
@@ -364,7 +371,8 @@ METHODS = {
     ),
     "probe_steps10_k16": Entry(partial(probe_lora, probe_steps=10, probe_components=16), LORA_RATES),
     "probe_mortal": Entry(partial(probe_lora, newborn_immunity=False), LORA_RATES),
-    "probe_zero_moments": Entry(probe_lora, LORA_RATES, zero_moments=True),
+    "probe_survivors": Entry(partial(probe_lora, newborn_second_moment="survivors"), LORA_RATES),
+    "elalora_zero": Entry(elalora_zero, SVD_RATES),
 }
 
 
@@ -439,9 +447,7 @@ def run(problem, name, rate, world):
         on_event=lambda event: moves.append(moved(event.record)),
         on_evaluate=lambda step, result: held_out.append(result.loss),
     )
-    bare = METHODS[name.partition("@")[0]].zero_moments
-    with mock.patch.object(resize, "fill_newborn_second_moment") if bare else nullcontext():
-        trainer.fit()
+    trainer.fit()
     layout = trainer.arena.layout
     comparable = [s.name for s in layout.table.sites] == [s.name for s in problem.sites]
     ranks = layout.table.ranks

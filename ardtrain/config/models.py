@@ -142,6 +142,8 @@ class ProbeLoraBlock(Block):
     """What the total that stays is counted in."""
     newborn_immunity: bool = True
     """A newborn component cannot be pruned for one interval."""
+    newborn_second_moment: Literal["zero", "survivors"] = "zero"
+    """What Adam starts a newborn with: zero, to learn fast; survivors: their site's mean, as other methods."""
     beta: float = Field(default=0.85, ge=0, lt=1)
     """Decay of the averages that decide who leaves."""
     level: Literal["matrix", "head"] = "matrix"

@@ -23,17 +23,23 @@ A number n: [n] float64 that no resize changes. It and per_site arrays stay on t
 """
 
 
+SecondMoment = Literal["survivors", "zero"]
+"""survivors: the mean of its site's, so steps are as theirs; zero: first steps are 3.16 learning rates an entry."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """Read once before the run.
 
     ranks: the method moves ranks; ablation: it plans from ablation scores on held-out rows (ALoRA); held_out_gates:
-    some steps' dL/dgate come from held-out rows (ARD-LoRA's alternation).
+    some steps' dL/dgate come from held-out rows (ARD-LoRA's alternation). newborn_second_moment: what Adam knows of a
+    new component's gradients.
     """
 
     ranks: bool = False
     ablation: bool = False
     held_out_gates: bool = False
+    newborn_second_moment: SecondMoment = "survivors"
 
     @property
     def held_out(self) -> bool:

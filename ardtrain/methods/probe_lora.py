@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ardtrain.methods.base import Binding, Needs, StateKind, Statistics
+from ardtrain.methods.base import Binding, Needs, SecondMoment, StateKind, Statistics
 from ardtrain.methods.lora import Lora
 from ardtrain.methods.probing import Candidates, Prober
 from ardtrain.methods.sensitivity import component_scores, observe_sensitivity, row_sums
@@ -40,6 +40,7 @@ class ProbeLoraSettings(MoveSchedule):
     budget_in: Literal["components", "parameters"]
     newborn_immunity: bool
     beta: float
+    newborn_second_moment: SecondMoment = "zero"
     target_r: float | None = None
     per_tower: bool = False
 
@@ -51,11 +52,10 @@ class ProbeLoraSettings(MoveSchedule):
 class ProbeLora(Lora):
     """State: the probes' sums; `gate` [R], an average of squared gate gradients, or ElaLoRA's two averages by entry."""
 
-    needs = Needs(ranks=True)
-
     def __init__(self, settings: ProbeLoraSettings, table: RankTable) -> None:
         """table: the run's first; its numbers are the budget where parameters are counted."""
         s = self.settings = settings
+        self.needs = Needs(ranks=True, newborn_second_moment=s.newborn_second_moment)
         self.probes = self._prober = Prober(
             table.sites, count=s.probe_components, rounds=s.probe_steps, ride=s.probes == "ride", due=s.due
         )

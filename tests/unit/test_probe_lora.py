@@ -407,6 +407,21 @@ def test_newborn_components_lie_along_found_directions_and_add_nothing(trainers)
             assert not rows["lora_B"][-change.born :].any()
 
 
+@pytest.mark.parametrize("kind", ["zero", "survivors"])
+def test_what_adam_knows_of_a_newborn(trainers, kind):
+    trainer = trainers(probe_lora(newborn_second_moment=kind))
+    while (event := trainer.train_step().event) is None:
+        pass
+    layout, moment = trainer.arena.layout, trainer.arena.capture().full.exp_avg_sq
+    for index, change in event.record.plan.changes.items():
+        for rows in layout.site_rows(moment, index).values():
+            kept, born = rows[: len(change.keep)], rows[len(change.keep) :]
+            if kind == "zero":
+                assert kept.any() and not born.any()
+            else:
+                torch.testing.assert_close(born, kept.mean(dim=0).expand_as(born))
+
+
 def test_each_tower_keeps_its_own_total(trainers):
     """Sites of layer 1 are taken for another tower; every birth of the shared budget would be there."""
     for per_tower in (True, False):
