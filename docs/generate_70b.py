@@ -250,8 +250,8 @@ def render() -> str:
         "\n".join(anchors()),
         "## Calibration\n\n`benchmarks/plan_check.py`: the plan beside real steps of the same config on a CPU "
         "(`benchmarks/results/plan_check.json`), peak of live tensors of a process over a whole step. Goal: within "
-        "10 %; ZeRO-3 on several processes holds up to a sixth less than planned, since the plan adds the gathers' "
-        "highest moment to the activations', which is another. What a CPU cannot show: the caching allocator's "
+        "10 %. Under ZeRO-3 the forward has two moments that count: gathers are highest while layers run, activations "
+        "at the loss. What a CPU cannot show: the caching allocator's "
         "fragments, CUDA's context and pinned memory's rounding.",
         "\n".join(calibration()),
     ]

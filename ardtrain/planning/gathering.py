@@ -28,11 +28,15 @@ class GatherSettings:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes that are whole at most: up to the loss; in the backward. passes: how often a weight is gathered a grain."""
+    """Bytes that are whole at most: up to the loss; in the backward; with the last unit, whose product the loss is of.
+
+    passes: how often a weight is gathered a grain.
+    """
 
     forward_bytes: int
     backward_bytes: int
     passes: float
+    loss_bytes: int
 
 
 def play(units: Sequence[Unit], settings: GatherSettings, *, recompute: bool, copies: bool = True) -> Gathered:
@@ -64,7 +68,7 @@ class _Player:
         self.live_bytes = self.live_numbers = self.gathered_bytes = self.buffers = 0
 
     def run(self, turn: int) -> Gathered:
-        forward = backward = 0
+        forward = backward = loss = 0
         queue = deque((step, i) for step, unit in enumerate(self.order) for i, _, _ in unit.parameters)
         fetched_for: dict[int, int] = {}
         for step, unit in enumerate(self.order):
@@ -86,11 +90,12 @@ class _Player:
             peak = max(peak, self.live_bytes)
             if step < turn:
                 forward = max(forward, peak)
+                loss = peak
             else:
                 backward = max(backward, peak)
             self._release(step, own, fetched_for)
         total = sum(b for i, (_, b) in self.sizes.items() if i not in self.persistent)
-        return Gathered(forward, backward, self.gathered_bytes / total if total else 0.0)
+        return Gathered(forward, backward, self.gathered_bytes / total if total else 0.0, loss)
 
     def _gather(self, parameters: list[int]) -> None:
         if not parameters:

@@ -95,7 +95,7 @@ def memory(shapes: Shapes, machine: Machine, place: Placement, *, rows: int, len
         recompute = shapes.config.gradient_checkpointing
         gathered = play(shapes.forward_units(), place.gathers, recompute=recompute, copies=world > 1)
         if world == 1 and (place.base == "device" or machine.gpu.memory_bytes is None):
-            gathered = Gathered(0, 0, 0.0)  # the shard is the weight, and is used where it lies
+            gathered = Gathered(0, 0, 0.0, 0)  # the shard is the weight, and is used where it lies
     frozen, host, nvme = _base(shapes, machine, place)
     if shapes.layout is None:
         trained = _full_engine(shapes, world, place, host, nvme)
@@ -109,10 +109,7 @@ def memory(shapes: Shapes, machine: Machine, place: Placement, *, rows: int, len
     for phase in ("forward", "backward", *ends):
         causes = {**frozen, **held}
         if phase in ("forward", "backward"):
-            causes |= {kind: max(0, size) for kind, size in traced[phase].items()}
-            causes["activations"] = max(0, causes.get("activations", 0) - waiting)
-            if gathered is not None:
-                causes["gathered layers"] = gathered.forward_bytes if phase == "forward" else gathered.backward_bytes
+            causes |= _grain(phase, traced, gathered, waiting)
         else:
             causes |= ends[phase]
         if machine.gpu.memory_bytes is not None:
@@ -123,6 +120,28 @@ def memory(shapes: Shapes, machine: Machine, place: Placement, *, rows: int, len
     return Memory(
         device, {c: int(b) for c, b in host.items() if b}, {c: int(b) for c, b in nvme.items() if b}, gathered
     )
+
+
+def _grain(phase: str, traced: Mapping[str, Causes], gathered: Gathered | None, waiting: int) -> Causes:
+    """What moves in a grain's forward or backward at its highest moment. waiting: activations that lie on the host.
+
+    The forward has two: gathers are highest while layers run (several weights come in one buffer and are cut out of
+    it), activations at the loss.
+    """
+    moments = {"forward": 0, "backward": 0}
+    if gathered is not None:
+        moments = {
+            "forward": gathered.loss_bytes,
+            "layers": gathered.forward_bytes,
+            "backward": gathered.backward_bytes,
+        }
+    found = []
+    for moment, size in moments.items():
+        if (moment == "backward") == (phase == "backward"):
+            causes = {kind: max(0, own) for kind, own in traced[moment].items()}
+            causes["activations"] = max(0, causes.get("activations", 0) - waiting)
+            found.append(causes | ({"gathered layers": size} if gathered is not None else {}))
+    return max(found, key=lambda causes: sum(causes.values()))
 
 
 def _base(shapes: Shapes, machine: Machine, place: Placement) -> tuple[Causes, Causes, Causes]:

@@ -25,8 +25,8 @@ from transformers import AttentionInterface, PreTrainedModel
 META = torch.device("meta")
 STAND_IN = "ardtrain_plan"  # name of the attention that stands in for a kernel
 DEPTH = 2  # layers of each stack in the shortest trace
-FORWARD, BACKWARD, END = "forward", "backward", "end"
-"""Up to the loss's gradient, the last layer's backward, and all the rest."""
+FORWARD, BACKWARD, END, LAYERS = "forward", "backward", "end", "layers"
+"""Up to the loss's gradient, the last layer's backward, and all the rest; LAYERS: up to the last but one layer."""
 
 Bytes = Counter[str]
 
@@ -77,8 +77,12 @@ class Tally(TorchDispatchMode):
         kind, size = self.kinds.of(tensor), storage.nbytes()
         self._live[kind] += size
         self._seen[key] = weakref.finalize(storage, self._forget, key, kind, size)
-        if self._live.total() > self.peaks.get(self.phase, Counter()).total():
-            self.peaks[self.phase] = Counter(self._live)
+        phases = [self.phase]
+        if self.phase == FORWARD and not self._live["logits and loss"]:
+            phases.append(LAYERS)
+        for phase in phases:
+            if self._live.total() > self.peaks.get(phase, Counter()).total():
+                self.peaks[phase] = Counter(self._live)
 
     def _forget(self, key: int, kind: str, size: int) -> None:
         del self._seen[key]
@@ -174,7 +178,7 @@ def trace(
     masked: bool,
     eager: bool = False,
 ) -> dict[str, Bytes]:
-    """Bytes by kind at the peak of FORWARD and BACKWARD, for the model's full depth.
+    """Bytes by kind at the peak of FORWARD, BACKWARD and LAYERS, for the model's full depth.
 
     Args:
         run: one grain's forward, returns the loss. leaves: what the gradient is taken by; each is freed at once where
@@ -197,7 +201,7 @@ def trace(
             for phase in total:
                 for kind in {*base[phase], *one_more[phase]}:
                     slope = one_more[phase][kind] - base[phase][kind]
-                    total[phase][kind] += slope * (len(stack) - depths[i])
+                    total[phase][kind] += slope * (len(stack) - depths[i] - (phase == LAYERS and i == len(stacks) - 1))
         return total
     finally:
         for config, name in zip(configs, before, strict=True):
@@ -237,7 +241,7 @@ def _once(
         finally:
             for handle in handles:
                 handle.remove()
-    return {phase: tally.peaks.get(phase, Counter()) for phase in (FORWARD, BACKWARD)}
+    return {phase: tally.peaks.get(phase, Counter()) for phase in (FORWARD, BACKWARD, LAYERS)}
 
 
 def _mark(layer: nn.Module, tally: Tally, phase: str) -> Any:

@@ -20,7 +20,7 @@ from ardtrain.observe import RunLog
 from ardtrain.planning.advice import suggestions
 from ardtrain.planning.gathering import GatherSettings, play
 from ardtrain.planning.hardware import CONSTANTS, GPUS, Machine, constant, find_gpu, gpu_of_device, machine_of
-from ardtrain.planning.memory import power_of_two
+from ardtrain.planning.memory import Placement, memory, power_of_two
 from ardtrain.planning.plan import make_plan, to_json
 from ardtrain.planning.seconds import grain_flops
 from ardtrain.planning.shapes import Hooks, Unit, read_shapes
@@ -246,6 +246,26 @@ def test_gathering_by_hand():
     assert kept.passes == 1.0 and kept.backward_bytes == 800  # all stay from their forward to their backward
     small = play(units, GatherSettings(0, 10**9, 0, 100), recompute=False)
     assert (small.forward_bytes, small.passes) == (0, 0.0)  # whole for good
+
+
+def test_gathers_and_activations_are_not_highest_together(folder):
+    """Gathers are highest while layers run, activations at the loss: the forward counts the higher moment, not both."""
+    shapes = read_shapes(config_of(folder, deepspeed=zero3()))
+    found = play(shapes.forward_units(), GatherSettings(param_persistence_threshold=0), recompute=False)
+    assert 0 < found.loss_bytes <= found.forward_bytes
+    traced = shapes.grain_bytes(rows=1, length=16)
+    assert not traced["layers"]["logits and loss"]
+    assert 0 < traced["layers"]["activations"] < traced["forward"]["activations"]
+    for length in (16, 512):  # at few tokens the gathers decide, at many the logits
+        made = memory(shapes, Machine(CPU, 1, 2), Placement(3, "device", "device", {}), rows=1, length=length)
+        forward = made.device["forward"]
+        traced = shapes.grain_bytes(rows=1, length=length)
+        moments = [
+            sum(traced["forward"].values()) + made.gathered.loss_bytes,
+            sum(traced["layers"].values()) + made.gathered.forward_bytes,
+        ]
+        kinds = ("activations", "adapter activations", "logits and loss", "gathered layers")
+        assert sum(forward.get(kind, 0) for kind in kinds) == max(moments)
 
 
 def test_hooks_by_hand(folder):

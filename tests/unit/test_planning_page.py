@@ -56,15 +56,11 @@ def test_steps_of_the_h200_are_within_a_tenth_of_the_plan_with_hooks_as_they_wer
 
 
 def test_calibration_is_within_a_tenth():
-    """The goal of the plan's memory; the committed file is made by benchmarks/plan_check.py.
-
-    Several processes under ZeRO-3 hold up to a sixth less than planned, since the plan adds the gathers' highest moment
-    to the activations'; never more than a tenth above the plan.
-    """
+    """The goal of the plan's memory; the committed file is made by benchmarks/plan_check.py."""
     runs = json.loads((REPOSITORY / "benchmarks" / "results" / "plan_check.json").read_text())["runs"]
     alone = [case["planned_over_measured"]["peak"] for case in runs["cpu 1 process(es)"].values()]
     assert len(alone) >= 15
     assert all(0.9 <= ratio <= 1.1 for ratio in alone)
     pairs = [case["planned_over_measured"]["peak"] for case in runs["cpu 2 process(es)"].values()]
     assert len(pairs) >= 7
-    assert all(0.9 <= ratio <= 1.2 for ratio in pairs)
+    assert all(0.9 <= ratio <= 1.1 for ratio in pairs)
