@@ -147,7 +147,6 @@ class AdapterRun(Session):
                 if isinstance(adapter, DoraLinear):
                     with self.backbone.whole(adapter.weight):
                         adapter.measure()
-        self.first_dense = first_dense(self.adapters)
         if config.task == "image_text_to_text":
             check_first_masks(model)
         if shape.tokens:
@@ -158,14 +157,16 @@ class AdapterRun(Session):
         path, first = embedding_path(model), None
         if self.resumed is None:
             first = self.backbone.read_rows(path, self.prepared.shape.tokens)
-        self.adapters[path] = rows = TokenRows(model, self.prepared.shape.tokens, first)
-        self.first_dense |= first_dense({path: rows})
+        self.adapters[path] = TokenRows(model, self.prepared.shape.tokens, first)
 
     def _build_trainer(self) -> Trainer:
         if self.resumed is None:
-            self.arena.start(self.prepared.shape.table, self.first_dense, self.prepared.shape.rows)
+            self.arena.start(self.prepared.shape.table, first_dense(self.adapters), self.prepared.shape.rows)
         else:
             self.arena.build(self.resumed.snapshot, self.resumed.layout)
+        for adapter in self.adapters.values():
+            if isinstance(adapter, DenseModule):
+                adapter.first = {}  # the arena has them
         parts = (self.backbone, self.adapters, self.arena, self.method, self.data, self.eval_data)
         trainer = Trainer(self.loop_settings(), self.world, *parts, self.allocation_data, state=self.state)
         self.check_packing(self.backbone.module)

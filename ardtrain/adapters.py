@@ -9,6 +9,7 @@ Letters: B batch, T tokens, N = B T, I in, O out, R components, H heads, c large
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -364,35 +365,65 @@ class DenseLinear(DenseModule):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         bias = self.views.get("bias")
-        weight = self.views["weight"].to(x.dtype)
-        # By matmul, not F.linear: zero.Init replaces that one in the whole process.
-        out = torch.matmul(x, weight.t())
-        return out if bias is None else out + bias.view(-1).to(x.dtype)
+        weight, x_NI = self.views["weight"].to(x.dtype), x.reshape(-1, x.shape[-1])
+        # Not by F.linear: zero.Init replaces that one in the whole process. The sum is the base's own, to the bit.
+        out = torch.mm(x_NI, weight.t()) if bias is None else torch.addmm(bias.view(-1).to(x.dtype), x_NI, weight.t())
+        return out.view(*x.shape[:-1], self.out_features)
 
 
-def attach_dense(model: nn.Module, modules: Sequence[str]) -> dict[str, DenseLinear]:
-    """Puts a DenseLinear in the place of each of these linears."""
-    out: dict[str, DenseLinear] = {}
+class DenseLayer(DenseModule):
+    """A module without children that is trained in full and no linear, such as a convolution, an embedding or a norm.
+
+    The module itself computes, with views of the arena in the place of its parameters. It lies outside the model's
+    tree and its parameters on the meta device, so ZeRO-3 neither shards nor gathers them. Of torch's functions
+    zero.Init replaces F.linear alone, so the others give the same bits with and without it.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        parameters = dict(layer.named_parameters(recurse=False))
+        self.first = {n: p.detach().float().clone() for n, p in parameters.items()}
+        self._forms = {n: (p.shape, p.dtype) for n, p in parameters.items()}
+        self._layer = (layer.to("meta"),)  # a tuple, which nn.Module does not look into
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        return torch.func.functional_call(self._layer[0], {n: self._value(n) for n in self._forms}, args, kwargs)
+
+    def _value(self, part: str) -> Tensor:
+        shape, dtype = self._forms[part]
+        return self.views[part].view(shape).to(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Its parameters' values while it has views: SigLIP reads the dtype of a convolution's weight."""
+        return self._value(name) if name in self.__dict__.get("views", ()) else super().__getattr__(name)
+
+
+def attach_dense(model: nn.Module, modules: Sequence[str]) -> dict[str, DenseModule]:
+    """Puts a DenseLinear in the place of each of these linears, a DenseLayer in that of modules of other kinds."""
+    out: dict[str, DenseModule] = {}
     for name in modules:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        out[name] = DenseLinear(getattr(parent, child))
+        own = getattr(parent, child)
+        out[name] = DenseLinear(own) if isinstance(own, nn.Linear) else DenseLayer(own)
         setattr(parent, child, out[name])
     return out
 
 
-def dense_entries(linears: Mapping[str, nn.Linear]) -> tuple[Dense, ...]:
-    """The arena's entries for linears that are trained in full; works on the meta device."""
+def dense_entries(modules: Mapping[str, nn.Module]) -> tuple[Dense, ...]:
+    """The arena's entries for modules that are trained in full; works on the meta device."""
     out = []
-    for name, linear in linears.items():
-        out.append(Dense(name, "weight", linear.out_features, linear.in_features))
-        if linear.bias is not None:
-            out.append(Dense(name, "bias", 1, linear.out_features))
+    for name, module in modules.items():
+        for part, parameter in module.named_parameters(recurse=False):
+            shape = tuple(parameter.shape)
+            rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, parameter.numel())
+            out.append(Dense(name, part, rows, columns, None if shape == (rows, columns) else shape))
     return tuple(out)
 
 
 def first_dense(adapters: Mapping[str, AdapterLinear | DenseModule]) -> dict[tuple[str, str], Tensor]:
-    """First values of the dense entries by (module, part): magnitudes and trained linears."""
+    """First values of the dense entries by (module, part): magnitudes and what is trained in full."""
     out: dict[tuple[str, str], Tensor] = {}
     for name, adapter in adapters.items():
         if isinstance(adapter, DoraLinear):

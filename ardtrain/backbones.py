@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -407,26 +408,40 @@ def base_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return linear_modules(model, skip=[*skip, *head_linears(model), *never_run(model)])
 
 
-def tower_linears(model: PreTrainedModel, tower: str) -> dict[str, nn.Linear]:
-    """Path -> linear of a tower that is trained in full.
+def tower_modules(model: PreTrainedModel, tower: str) -> dict[str, nn.Module]:
+    """Path -> module with parameters of its own, of a tower that is trained in full; what never runs is left out.
 
     Raises:
-        ValueError: the model has no such tower, or it is made of more than linears.
+        ValueError: the model has no such tower, it holds the embedding of the tokens, or a tensor that cannot be
+            replaced: of a module that has modules of its own or state beside its parameters, or of two modules.
     """
-    linears = {name: linear for name, linear in base_linears(model).items() if tower_of(name) == tower}
-    held = {f"{path}.{name}" for path, linear in linears.items() for name, _ in linear.named_parameters(recurse=False)}
-    every = {name: p.numel() for name, p in model.named_parameters() if tower_of(name) == tower}
-    others = [name for name in every if name not in held]
-    if others or not every:
-        reason = (
-            f"{len(others)} of the tower's {len(every)} tensors are no linear layer's, e.g. {others[0]}, and its "
-            f"{sum(every.values()):,} numbers would be {16 * sum(every.values()) / 2**30:.3g} GiB of masters, moments "
-            "and gradient on every process"
-            if others
-            else "the model has no such tower"
-        )
+    skip = tuple(f"{name}." for name in never_run(model))
+    inside = {
+        name: module
+        for name, module in model.named_modules()
+        if tower_of(name) == tower and not f"{name}.".startswith(skip) and list(module.parameters(recurse=False))
+    }
+    reason = "" if inside else "the model has no such tower"
+    size = sum(p.numel() for module in inside.values() for p in module.parameters(recurse=False))
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, module in inside.items():
+        own = dict(module.named_parameters(recurse=False))
+        if module is model.get_input_embeddings():
+            reason = (
+                f"the tower holds the embedding of all tokens, {name}, and its {size:,} numbers would be "
+                f"{16 * size / 2**30:.3g} GiB of masters, moments and gradient on every process"
+            )
+        elif list(module.children()):
+            reason = f"{name}.{next(iter(own))} is a tensor of a module that holds others ({type(module).__name__})"
+        elif list(module.buffers(recurse=False)):
+            reason = f"{name} has state beside its parameters ({type(module).__name__})"
+        elif shared := [part for part, p in own.items() if owners[id(p)] > 1]:
+            reason = f"{name}.{shared[0]} is another module's tensor as well"
+        if reason:
+            break
+    if reason:
         raise ValueError(f"targets.{tower}.full=true: {reason}; use an adapter there, with a larger r if need be")
-    return linears
+    return inside
 
 
 def quantize_base(model: PreTrainedModel, format: Format, *, carried: bool = False) -> dict[str, Packing]:

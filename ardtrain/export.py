@@ -67,8 +67,8 @@ def peft_tensors(
 ) -> dict[str, Tensor]:
     """PEFT's names -> `lora_A.weight` [r, I] and `lora_B.weight` [O, r] with scale, diagonal and gates folded in.
 
-    Heads that own A and B become one block-diagonal pair of rank the sum of theirs. Magnitudes and linears that are
-    trained in full are written under PEFT's names for them.
+    Heads that own A and B become one block-diagonal pair of rank the sum of theirs. Magnitudes and modules that
+    are trained in full are written under PEFT's names for them.
 
     Args:
         heads: of the matrices that are cut by head. gates: as the method gives them (base.Method.gates).
@@ -86,7 +86,7 @@ def peft_tensors(
         if len(a):
             out[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.contiguous()
             out[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.T.contiguous()
-    for block in layout.all_blocks[len(layout.blocks) :]:
+    for entry, block in zip(layout.dense, layout.all_blocks[len(layout.blocks) :], strict=True):
         values = block.of(master).clone()
         if block.part == "magnitude":
             if own_ranks.get(block.module):  # a module of rank 0 is the base's, whatever its magnitude
@@ -94,7 +94,7 @@ def peft_tensors(
         elif block.part == TOKEN_ROWS:
             out[f"{PEFT_PREFIX}{block.module}.token_adapter.trainable_tokens_delta"] = values
         else:
-            out[f"{PEFT_PREFIX}{block.module}.{block.part}"] = values.view(-1) if block.part == "bias" else values
+            out[f"{PEFT_PREFIX}{block.module}.{block.part}"] = values.view(entry.own_shape)
     return out
 
 

@@ -39,7 +39,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Change(Protocol):
-    """What becomes of a parameter seen as [O, I] ([O, 1] for a bias)."""
+    """What becomes of a parameter seen as [O, I] ([O, 1] for a vector)."""
 
     def rows(self, begin: int, old: Tensor) -> Tensor:
         """[n, I] float32: rows from `begin` on, of the old ones [n, I] float32."""
@@ -99,15 +99,15 @@ class Changes:
         self._magnitudes: dict[str, Tensor] = {}
         self._whole: dict[str, Change] = {}
         self._last: tuple[str, Change] | None = None
-        for block in layout.all_blocks[len(layout.blocks) :]:
+        for entry, block in zip(layout.dense, layout.all_blocks[len(layout.blocks) :], strict=True):
             values = block.of(master)
             if block.part == "magnitude":
                 self._magnitudes[block.module] = values.reshape(-1)
             elif block.part == TOKEN_ROWS:
                 self._whole[f"{block.module}.weight"] = Rows(trained.shape.tokens, values)
             else:
-                own = values.view(-1, 1) if block.part == "bias" else values
-                self._whole[f"{block.module}.{block.part}"] = Whole(own)
+                own = values.view(entry.own_shape)
+                self._whole[f"{block.module}.{block.part}"] = Whole(own.reshape(len(own), -1))
 
     @property
     def names(self) -> list[str]:

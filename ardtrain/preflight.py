@@ -25,7 +25,7 @@ from ardtrain.backbones import (
     load_tokenizer,
     meta_model,
     tower_config,
-    tower_linears,
+    tower_modules,
     tower_text,
     without_adapter,
 )
@@ -105,10 +105,10 @@ def check_model(config: RunConfig) -> Shape:
 def shape_of(config: RunConfig, model: PreTrainedModel, labels: tuple[str, ...]) -> Shape:
     """`check_model` of a model that is there, on the meta device."""
     try:
-        trained_linears = in_full(config, model)
+        whole = in_full(config, model)
         refuse_whole_embeddings(model, modules_to_save=config.modules_to_save, target_modules=config.target_modules)
         tokens = _trained_tokens(config, model)
-        trained = (*dense_entries(trained_linears), *token_entry(model, tokens))
+        trained = (*dense_entries(whole), *token_entry(model, tokens))
         sites, ranks, heads = _sites(config, model)
         rows: dict[str, dict[str, Tensor]] = {}
         if config.init_from is not None:
@@ -135,15 +135,17 @@ def shape_of(config: RunConfig, model: PreTrainedModel, labels: tuple[str, ...])
     return replace(shape, num_trained=layout.num_trained, dense=dense, notes=notes, by_tower=by_tower)
 
 
-def in_full(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Path -> linear of what is trained in full beside adapters: a classification head, towers that are set so.
+def in_full(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Path -> module of what is trained in full beside adapters: a classification head, towers that are set so.
 
     Raises:
-        ValueError: a tower is not made of linears alone.
+        ValueError: as backbones.tower_modules.
     """
-    out = head_linears(model) if config.task == "sequence_classification" else {}
+    out: dict[str, nn.Module] = {}
+    if config.task == "sequence_classification":
+        out |= head_linears(model)
     for tower, own in config.targets.items():
-        out |= tower_linears(model, tower) if own.full else {}
+        out |= tower_modules(model, tower) if own.full else {}
     return out
 
 

@@ -77,13 +77,19 @@ class Sites(tuple[Site, ...]):
 class Dense:
     """A trained tensor that belongs to no component and never changes shape: DoRA's magnitude, a classifier head.
 
-    module: path of the module it belongs to; part: its name there; shape: [rows, columns], a vector is one row.
+    module: path of the module it belongs to; part: its name there; in the arena it is [rows, columns], a vector one
+    row. shape: the tensor's own, where it is another.
     """
 
     module: str
     part: str
     rows: int
     columns: int
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        return (self.rows, self.columns) if self.shape is None else self.shape
 
 
 @dataclass(frozen=True)

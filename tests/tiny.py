@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ardtrain.adapters import attach, attach_dense, dense_entries, first_dense
-from ardtrain.backbones import find_sites, head_linears, quantize_base, tower_config
+from ardtrain.backbones import find_sites, head_linears, quantize_base, tower_config, tower_modules
 from ardtrain.collectives import World
 from ardtrain.data import build_batch
 from ardtrain.engines import AdamSettings, BackboneEngine, start_deepspeed
@@ -289,9 +289,11 @@ def tiny_trainer(
     adapter=None,
     adam=None,
     start=True,
+    full_towers=(),
     **loop,
 ):
-    """A trainer over a tiny Llama, or another model, ready to step; a classification head is trained in full.
+    """A trainer over a tiny Llama, or another model, ready to step; a classification head is trained in full, and so
+    are full_towers.
 
     Args:
         backbone, adapter: DeepSpeed configs (default: both as simple as can be); loop: changes of `LOOP`.
@@ -306,7 +308,13 @@ def tiny_trainer(
     adapter = adapter or adapter_config(world_size=world.world_size)
     settings = replace(LOOP, **loop)
     sites, ranks = find_sites(
-        model, target_modules=target_modules, exclude_modules=None, r=r, lora_alpha=lora_alpha, tower_settings={}
+        model,
+        target_modules=target_modules,
+        exclude_modules=None,
+        r=r,
+        lora_alpha=lora_alpha,
+        tower_settings={},
+        frozen_towers=full_towers,
     )
     towers = {site.tower: tower_config(model, site.tower) for site in sites}
     heads = find_heads(sites, towers, mlp_heads=mlp_heads) if form.endswith("_a") else {}
@@ -321,6 +329,8 @@ def tiny_trainer(
         quantize_base(model, quantization, carried=offload.get("device") == "nvme")
     adapters = attach(model, sites, dropout=dict.fromkeys(towers, dropout), form=form, heads=heads)
     in_full = head_linears(model)
+    for tower in full_towers:
+        in_full |= tower_modules(model, tower)
     dense = (*method.dense(sites), *dense_entries(in_full))
     adapters |= attach_dense(model, list(in_full))
     first = first_dense(adapters)

@@ -87,14 +87,17 @@ def classification_config(folder, **settings):
     )
 
 
-def towers(folder):
-    """Settings of a run over a tiny PaliGemma-2: ranks of their own in its towers, the projector in full."""
+def towers(folder, *, vision=None):
+    """Settings of a run over a tiny PaliGemma-2: ranks of their own in its towers, the projector in full.
+
+    vision: its own settings, in the place of a rank.
+    """
     save_tiny_paligemma(folder / "model")
     return PLAIN | {
         "task": "image_text_to_text",
         "eval_steps": None,
         "data": {"train_file": str(write_rows(folder)), "image_field": "image"},
-        "targets": {"vision": {"r": 2}, "projector": {"full": True}},
+        "targets": {"vision": vision or {"r": 2}, "projector": {"full": True}},
         "ranks": lambda i: 1 + i % 4,
     }
 

@@ -54,7 +54,7 @@ class TargetBlock(Block):
     frozen: bool = False
     """No adapter in this tower."""
     full: bool = False
-    """Train the tower itself in full, beside the others' adapters; for a tower of linear layers alone (projector)."""
+    """Train the tower itself in full, beside the others' adapters; vision or projector."""
     r: int | None = Field(default=None, ge=1)
     lora_alpha: float | None = Field(default=None, gt=0)
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)

@@ -132,6 +132,22 @@ def test_each_tower_keeps_its_budget_on_one_and_two_processes(start, method):
 
 
 @pytest.mark.full
+def test_vision_in_full_beside_adapters_on_one_and_two_processes(start):
+    """The projector and the vision tower in full, ranks that move in the language tower; PEFT reads it back."""
+    targets = {"targets": {"vision": {"full": True}, "projector": {"full": True}}}
+    alone, said = start("vision_alone", 1, **targets)
+    assert "PEFT's logits" in said
+    assert re.search(r"by tower: language rank 112 and [\d,]+ numbers, vision [\d,]+ numbers, projector 1,056", said)
+    together, _ = start("vision_together", 2, "deepspeed=zero3_offload", "gradient_checkpointing=true", **targets)
+    found = fingerprint(alone)
+    assert fingerprint(together) == found and len(set(found["tables"])) > 1
+    stored = load_file(alone / "adapter" / "adapter_model.safetensors")
+    for name, own in tiny_paligemma().named_parameters():
+        if "vision_tower" in name and ".head." not in name:
+            assert (stored[f"base_model.model.{name}"] - own).abs().max() > 1e-5, name
+
+
+@pytest.mark.full
 def test_two_processes_from_the_start_under_zero3(start, alone):
     run, _ = start("together", 2, "deepspeed=zero3_offload")
     assert fingerprint(run) == fingerprint(alone[0])

@@ -133,15 +133,26 @@ def test_full_has_no_adapter(tmp_path):
         open_trained(tmp_path / "run" / "checkpoint-1")
 
 
-def test_towers(tmp_path):
+@pytest.mark.parametrize("vision", [{"r": 2}, {"full": True}], ids=["adapters", "in full"])
+def test_towers(tmp_path, vision):
     """PaliGemma-2: pixels reach the vision tower, towers have ranks of their own, the projector is trained in full."""
-    run_dir = make_run(tmp_path, **towers(tmp_path))
+    run_dir = make_run(tmp_path, **towers(tmp_path, vision=vision))
     trained = open_trained(run_dir)
-    assert set(trained.shape.table.by_tower()) == {"vision", "language"} and trained.shape.dense
+    adapted = {"language"} if "full" in vision else {"vision", "language"}
+    assert set(trained.shape.table.by_tower()) == adapted and trained.shape.dense
     inputs = probe_inputs(trained, load_base(trained))
     assert inputs["pixel_values"].shape[0] == 1
     lines = export_peft(trained, tmp_path / "out")
     assert any("modules that were trained in full" in line for line in lines)
+    difference = float(re.search(r"largest logit difference to training's (\S+)", "\n".join(lines))[1])
+    assert difference <= 1e-5 * float(logits_of(bound_model(trained), inputs).abs().max())
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, own in load_base(trained).named_parameters():
+        whole = "multi_modal_projector" in name or (
+            "full" in vision and "vision_tower" in name and ".head." not in name
+        )
+        assert (f"base_model.model.{name}" in stored) is whole
+        assert not whole or stored[f"base_model.model.{name}"].shape == own.shape
     model = bound_model(trained)
     other = inputs | {"pixel_values": -inputs["pixel_values"]}
     assert not torch.equal(logits_of(model, inputs), logits_of(model, other))

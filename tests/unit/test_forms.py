@@ -3,6 +3,8 @@
 Letters: B batch, T tokens, I in, O out, R components, H heads.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import nn
 
 from ardtrain.adapters import (
     AdapterLinear,
+    DenseLayer,
     DenseLinear,
     DoraLinear,
     FrozenLinear,
@@ -557,7 +560,7 @@ def test_a_linear_trained_in_full(bias, dtype):
     assert all(equal_bits(v, getattr(linear, n).float()) for n, v in dense.first.items())
     dense.views = {n: v.clone().view(-1, v.shape[-1]).requires_grad_() for n, v in dense.first.items()}
     x = random(2, 3, I, seed=8, dtype=dtype)
-    torch.testing.assert_close(dense(x), F.linear(x, linear.weight, linear.bias))
+    assert equal_bits(dense(x), FrozenLinear.apply(x, linear.weight, linear.bias))
     assert dense(x).dtype == dtype
     dense(x).float().sum().backward()
     rows = x.float().sum(dim=(0, 1)).expand(O, I)
@@ -567,12 +570,48 @@ def test_a_linear_trained_in_full(bias, dtype):
         assert dense.views["bias"].grad.view(-1).tolist() == [6.0] * O
 
 
+LAYERS = {
+    "convolution": (nn.Conv2d(3, O, 2, stride=2, padding="valid"), random(2, 3, 6, 6, seed=4)),
+    "embedding": (nn.Embedding(O, I), torch.arange(O).flip(0).expand(1, -1)),
+    "norm": (nn.LayerNorm(I), random(2, 3, I, seed=5)),
+    "norm without bias": (nn.RMSNorm(I), random(2, 3, I, seed=6)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_another_kind_trained_in_full(kind, dtype):
+    """The plain module's output and gradients to the bit, from views of an arena, with nothing for ZeRO-3 to shard."""
+    layer, x = LAYERS[kind]
+    plain, x = copy.deepcopy(layer).to(dtype), x.to(dtype) if x.is_floating_point() else x
+    model = nn.ModuleDict({"own": copy.deepcopy(plain)})
+    entries = dense_entries(model)
+    layout = ArenaLayout(RankTable.start((), ()), lambda site: {}, entries)
+    adapters = attach_dense(model, ["own"])
+    assert isinstance(model["own"], DenseLayer) and not list(model.parameters()) and not hasattr(model["own"], "weight")
+    first, leaf = first_dense(adapters), torch.zeros(layout.size)
+    for entry, block in zip(entries, layout.all_blocks, strict=True):
+        assert first[entry.module, entry.part].shape == entry.own_shape == plain.get_parameter(entry.part).shape
+        block.of(leaf).copy_(first[entry.module, entry.part].view(entry.rows, entry.columns))
+    bind_arena(adapters, layout, leaf.requires_grad_())
+    own, theirs = model["own"](x), plain(x)
+    assert equal_bits(own, theirs) and equal_bits(model["own"].weight, plain.weight)
+    upstream = random(*own.shape, seed=7, dtype=dtype)
+    own.backward(upstream)
+    theirs.backward(upstream)
+    for entry, block in zip(entries, layout.all_blocks, strict=True):
+        gradient = plain.get_parameter(entry.part).grad.float()
+        assert equal_bits(block.of(leaf.grad).reshape(entry.own_shape), gradient)
+    drop_views(adapters)
+    assert not hasattr(model["own"], "weight")
+
+
 def test_dense_entries_name_shapes_and_first_values():
     model = nn.ModuleDict({"head": frozen(bias=True), "other": frozen(bias=False)})
     entries = dense_entries({"head": model["head"], "other": model["other"]})
     assert entries == (
         Dense("head", "weight", O, I),
-        Dense("head", "bias", 1, O),
+        Dense("head", "bias", 1, O, (O,)),
         Dense("other", "weight", O, I),
     )
     weight, bias = model["head"].weight.clone(), model["head"].bias.clone()

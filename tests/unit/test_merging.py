@@ -111,12 +111,16 @@ def test_dtype_is_kept_and_logits_are_its_rounding_away(tmp_path, kind):
         assert bool(((own - exact).abs() <= exact.abs() * 2**-8 * 1.01).all())
 
 
-def test_towers_and_a_projector_in_full(tmp_path):
-    trained = open_trained(make_run(tmp_path, **towers(tmp_path)))
+@pytest.mark.parametrize("vision", [{"r": 2}, {"full": True}], ids=["adapters", "in full"])
+def test_towers_and_a_projector_in_full(tmp_path, vision):
+    trained = open_trained(make_run(tmp_path, **towers(tmp_path, vision=vision)))
     merge(trained, tmp_path / "out")
     found, largest = difference(trained, tmp_path / "out")
     assert found <= 1e-5 * largest
     assert headers(tmp_path / "model") == headers(tmp_path / "out")
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("model", "out"))
+    kept = {n for n in before if "vision" in n and equal_bits(before[n], after[n])}
+    assert {n.partition(".head.")[0] for n in kept} == {"vision_tower"} if "full" in vision else len(kept) > 20
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 

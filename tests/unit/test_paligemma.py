@@ -1,17 +1,22 @@
 """PaliGemma-2 as a base: which task and towers, where adapters sit, ranks that cross towers, ablation with pictures."""
 
+import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from ardtrain.backbones import ModelSource, load_image_processor, load_model, meta_model, never_run
+from ardtrain.adapters import bind_arena
+from ardtrain.backbones import ModelSource, load_image_processor, load_model, meta_model, never_run, tower_modules
 from ardtrain.config import ConfigError
+from ardtrain.methods.lora import Lora
+from ardtrain.planning.shapes import read_shapes
 from ardtrain.preflight import check_model, image_reader, make_method, open_data, prepare, tokenizer_of
 from ardtrain.rehearse import write_base
 from tests.runs import write_run
-from tests.tiny import backbone_config, elalora, tiny_trainer, weights_digest
+from tests.tiny import backbone_config, elalora, equal_bits, tiny_trainer, weights_digest
 from tests.tiny_paligemma import save_tiny_paligemma, tiny_paligemma, write_rows
 from tests.unit.test_ablation import TOLERANCE, Setup
 
@@ -170,17 +175,99 @@ def test_projector_can_be_trained_in_full(config_of):
         (linear, "weight", 32, 32), (linear, "bias", 1, 32),
     ]  # fmt: skip
     message = (
-        r"targets.vision.full=true: 24 of the tower's .* tensors are no linear layer's, e.g. model.vision_tower.*, and "
-        r"its [\d,]+ numbers would be 0.000\d+ GiB of masters, moments and gradient on every process; use an adapter"
+        r"targets.language.full=true: the tower holds the embedding of all tokens, model.language_model.embed_tokens, "
+        r"and its [\d,]+ numbers would be 0.000\d+ GiB of masters, moments and gradient on every process; use an adapt"
     )
     with pytest.raises(ConfigError, match=message):
-        config_of(targets={"vision": {"full": True}})
+        config_of(targets={"language": {"full": True}})
     with pytest.raises(ConfigError, match=r"targets\.audio\.full=true: the model has no such tower; use an adapter"):
         config_of(targets={"audio": {"full": True}})
     with pytest.raises(ConfigError, match=r"targets\.vision.*full stands beside frozen=true"):
         config_of(targets={"vision": {"full": True, "frozen": True}})
-    with pytest.raises(ConfigError, match="targets.projector.full=true stands beside quantization=int8, whose weights"):
-        config_of(targets={"projector": {"full": True}}, quantization="int8")
+    for tower in ("projector", "vision"):
+        message = f"targets.{tower}.full=true stands beside quantization=int8, whose weights"
+        with pytest.raises(ConfigError, match=message):
+            config_of(targets={tower: {"full": True}}, quantization="int8")
+
+
+def test_vision_can_be_trained_in_full(config_of):
+    """Its convolution, positions and norms as well; the pooling head, which never runs, is left out."""
+    shape = check_model(config_of(targets={"vision": {"full": True}}))
+    assert list(towers(shape.table)) == ["projector", "language"]
+    own = {
+        n: tuple(p.shape) for n, p in tiny_paligemma().named_parameters() if "vision_tower" in n and ".head." not in n
+    }
+    assert {f"{d.module}.{d.part}": d.own_shape for d in shape.dense} == own and len(own) == 37
+    patches = next(d for d in shape.dense if d.module.endswith("patch_embedding"))
+    assert (patches.rows, patches.columns, patches.own_shape) == (32, 48, (32, 3, 4, 4))
+    numbers = sum(math.prod(s) for s in own.values())
+    assert shape.by_tower.endswith(f"vision {numbers:,} numbers")
+    plan = read_shapes(config_of(targets={"vision": {"full": True}}))
+    assert plan.num_trained == shape.num_trained > numbers
+    assert {name for name, _, _ in plan.weights if "vision" in name} == {
+        n for n, _ in tiny_paligemma().named_parameters() if "vision_tower.head." in n
+    }
+    adapters = read_shapes(config_of(targets={"vision": {"frozen": True}}))
+    kept = [p.grain_bytes(rows=1, length=32)["backward"] for p in (plan, adapters)]
+    assert kept[0].total() > kept[1].total()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_vision_in_full_starts_as_the_base_and_has_its_gradients(data, world, dtype, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # zero.Init of another test replaces it
+    train, _ = data
+    plain = tiny_paligemma(dtype=dtype)
+    trainer = tiny_trainer(
+        Lora(), model=tiny_paligemma(dtype=dtype), data=train, compute_dtype=dtype, full_towers=("vision",),
+        target_modules=["q_proj", "out_proj"], backbone=backbone_config(dtype=dtype),
+    )  # fmt: skip
+    leaf = trainer.arena.engine.weights.detach().clone().requires_grad_()
+    layout = trainer.arena.layout
+    bind_arena(trainer.adapters, layout, leaf)
+    batch = train.collate(train.grains(0)[0])
+    inputs = {
+        "input_ids": batch.input_ids, "pixel_values": batch.pixel_values, "token_type_ids": batch.token_type_ids,
+    }  # fmt: skip
+    model = trainer.backbone.module.eval()
+    own = model(**inputs).logits
+    for name in tower_modules(plain, "vision"):
+        plain.get_submodule(name).requires_grad_(True)
+    theirs = plain.eval()(**inputs).logits
+    assert equal_bits(own, theirs)
+    for logits in (own, theirs):
+        logits.float().square().mean().backward()
+    for entry, block in zip(layout.dense, layout.all_blocks[len(layout.blocks) :], strict=True):
+        gradient = plain.get_submodule(entry.module).get_parameter(entry.part).grad.float()
+        close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(block.of(leaf.grad).view(entry.own_shape), gradient, **close)
+        assert bool(gradient.any()) or entry.module.endswith("k_proj")
+    trainer.arena.engine.destroy()
+
+
+class Counting(nn.LayerNorm):
+    """A norm with state."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.calls = nn.Buffer(torch.zeros(()))
+
+
+def test_a_tower_with_a_tensor_that_cannot_be_replaced_is_refused():
+    vision = "model.vision_tower"
+    model = tiny_paligemma()
+    model.model.vision_tower.encoder.scale = nn.Parameter(torch.ones(3))
+    message = rf"full=true: {vision}.encoder.scale is a tensor of a module that holds others \(SiglipEncoder\); use an"
+    with pytest.raises(ValueError, match=message):
+        tower_modules(model, "vision")
+    model = tiny_paligemma()
+    model.model.vision_tower.post_layernorm = Counting(32)
+    with pytest.raises(ValueError, match=rf"{vision}.post_layernorm has state beside its parameters \(Counting\); use"):
+        tower_modules(model, "vision")
+    model = tiny_paligemma()
+    first, second = model.model.vision_tower.encoder.layers
+    first.mlp.fc1.weight = second.mlp.fc1.weight
+    with pytest.raises(ValueError, match=rf"{vision}.encoder.layers.0.mlp.fc1.weight is another module's tensor as we"):
+        tower_modules(model, "vision")
 
 
 def test_heads_of_both_towers(config_of):
@@ -279,7 +366,10 @@ def test_ablation_with_pictures_equals_the_naive_loop(data, prefix_cache):
     assert vision and float(cs[: len(vision)].abs().max()) > 0.0
 
 
-def trained(data, *, steps, resume=None, stage=0, dtype=torch.float32, checkpointing=False, quantization=None, **zero):
+def trained(
+    data, *, steps, resume=None, stage=0, dtype=torch.float32, checkpointing=False, quantization=None, full_towers=(),
+    **zero,
+):  # fmt: skip
     """Losses by step, the last table and a digest of weights and moments, of a run or what follows a snapshot."""
     model = tiny_paligemma(dtype=dtype)
     if checkpointing:
@@ -287,7 +377,7 @@ def trained(data, *, steps, resume=None, stage=0, dtype=torch.float32, checkpoin
     trainer = tiny_trainer(
         elalora(init_warmup=1, mask_interval=2, final_warmup=2, total_steps=12, b=8, k=3),
         model=model, data=data, total_steps=12, start=resume is None, compute_dtype=dtype, dropout=0.1,
-        quantization=quantization, backbone=backbone_config(stage=stage, dtype=dtype, **zero),
+        quantization=quantization, backbone=backbone_config(stage=stage, dtype=dtype, **zero), full_towers=full_towers,
     )  # fmt: skip
     if resume is not None:
         snapshot, layout, state = resume
@@ -316,6 +406,18 @@ def test_equal_bits_sharded_offloaded_checkpointed_and_resumed(data, world, dtyp
     assert first | second == losses
     assert resumed == weights
     assert len({*losses.values()}) == 12
+
+
+def test_equal_bits_with_vision_in_full(data, world):
+    """As above; two resizes in the language tower are among the steps."""
+    train, _ = data
+    settings = {"dtype": torch.bfloat16, "full_towers": ("vision",)}
+    losses, weights, kept = trained(train, steps=6, **settings)
+    assert kept[1].num_trained > 20_000
+    first, _, kept = trained(train, steps=3, **settings, stage=3, offload_param={"device": "cpu"}, checkpointing=True)
+    second, resumed, _ = trained(train, steps=6, **settings, resume=kept, stage=3)
+    assert first | second == losses
+    assert resumed == weights
 
 
 def test_equal_bits_on_a_quantised_base(data, world):
