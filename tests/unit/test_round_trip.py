@@ -17,6 +17,8 @@ IDS = torch.arange(4, 44).reshape(2, 20)
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 ADALORA = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "total_step": 10}
 PLAIN, DIAGONAL = {"method": "lora", "elalora": None}, {"method": "elalora"}
+PROBES = {"init_warmup": 2, "final_warmup": 2, "mask_interval": 20}
+PROBED = {"method": "probe_lora", "elalora": None, "probe_lora": PROBES}
 
 
 def base(folder):
@@ -69,7 +71,7 @@ def test_even_ranks_of_a_plain_form_keep_every_byte(tmp_path, r, alpha):
     assert equal_bits(logits(PeftModel.from_pretrained(base(tmp_path), out)), wanted)
 
 
-@pytest.mark.parametrize("method", [PLAIN, DIAGONAL], ids=["plain", "diagonal"])
+@pytest.mark.parametrize("method", [PLAIN, DIAGONAL, PROBED], ids=["plain", "diagonal", "probed"])
 @pytest.mark.parametrize(
     "config",
     [
