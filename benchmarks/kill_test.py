@@ -56,7 +56,7 @@ def run(kills, processes, method, steps, seed):
     start_time = time.monotonic()
     ended = Start(folder, 1, config, "unbroken").wait(600)
     assert ended == [0], f"the unbroken run failed: {ended}\n{log_tail(folder)}"
-    wanted = fingerprint(folder / "unbroken")
+    wanted, unbroken = fingerprint(folder / "unbroken"), time.monotonic() - start_time
     numbers = random.Random(seed)
     by_phase, victims = dict.fromkeys(PHASES, 0), {"one": 0, "all": 0}
     done = starts = finished = 0
@@ -68,7 +68,7 @@ def run(kills, processes, method, steps, seed):
             world_size = processes if starts % 4 else processes + 1
             child = Start(folder, world_size, config, name)
             starts += 1
-            phase = kill_at_random(child, numbers) if done < kills else None
+            phase = kill_at_random(child, numbers, unbroken) if done < kills else None
             codes = child.wait(300 if phase is None else LAUNCHER_SECONDS)
             if phase is None:
                 if codes == [0] * world_size:
@@ -146,9 +146,12 @@ class Start:
         return [self.codes[pid] for pid in self.pids]
 
 
-def kill_at_random(start, numbers):
-    """(phase, one or all) of the kill, or None if the run ended before its phase came."""
-    wanted, patience = numbers.choice(PHASES), time.monotonic() + numbers.uniform(1.0, 20.0)
+def kill_at_random(start, numbers, unbroken):
+    """(phase, one or all) of the kill, or None if the run ended before its phase came.
+
+    It waits for its phase a random part of two unbroken runs, whatever the machine's load makes of their seconds.
+    """
+    wanted, patience = numbers.choice(PHASES), time.monotonic() + numbers.uniform(0.1, 2.0) * unbroken
     while start.alive():
         if start.phase() == wanted or time.monotonic() > patience:
             time.sleep(numbers.choice((0.0, 0.0005, 0.002, 0.01, 0.05)) * numbers.random())
