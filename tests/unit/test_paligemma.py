@@ -420,6 +420,22 @@ def test_equal_bits_with_vision_in_full(data, world):
     assert resumed == weights
 
 
+def test_equal_bits_where_linears_with_a_bias_have_no_adapter(data, world, monkeypatch):
+    """The vision tower's, in bfloat16; zero.Init leaves its F.linear behind, which a run with ZeRO 0 does not have."""
+    train, dtype = data[0], torch.bfloat16
+    monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
+    losses = []
+    for stage in (0, 3):
+        trainer = tiny_trainer(
+            Lora(), model=tiny_paligemma(dtype=dtype), data=train, total_steps=12, compute_dtype=dtype,
+            target_modules=["o_proj"], backbone=backbone_config(stage=stage, dtype=dtype),
+        )  # fmt: skip
+        losses.append([trainer.train_step().loss.hex() for _ in range(2)])
+        trainer.arena.engine.destroy()
+        trainer.backbone.destroy()
+    assert losses[0] == losses[1]
+
+
 def test_equal_bits_on_a_quantised_base(data, world):
     """Of all three towers; the first resize is among the steps."""
     train, _ = data
