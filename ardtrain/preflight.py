@@ -448,7 +448,7 @@ def steps_per_epoch(config: RunConfig, train: TrainData) -> float:
 
 
 def _check_probes(config: RunConfig, table: RankTable) -> None:
-    """Raises ConfigError: a site has room for fewer orthogonal rows than it is to have probes."""
+    """Raises ConfigError: a site has fewer rows than it is to have probes, target_r is too high, or nothing moves."""
     if config.method != "probe_lora" or config.probe_lora is None:
         return
     count = config.probe_lora.probe_components
@@ -458,6 +458,24 @@ def _check_probes(config: RunConfig, table: RankTable) -> None:
             [
                 f"probe_lora.probe_components={count} exceeds the largest rank of {smallest.name}, "
                 f"{smallest.max_rank}; lower it, or leave that module out with exclude_modules"
+            ]
+        )
+    block = config.probe_lora
+    if block.target_r is None:
+        return
+    aim, most = block.target_r * len(table.sites), sum(site.max_rank for site in table.sites)
+    if aim > most:
+        raise ConfigError(
+            [
+                f"probe_lora.target_r={block.target_r:g} asks for {aim:g} components and the {len(table.sites)} sites "
+                f"have room for {most}; lower it"
+            ]
+        )
+    if block.b == 0 and round(aim) == table.total:
+        raise ConfigError(
+            [
+                f"probe_lora.b=0 moves no component and target_r={block.target_r:g} is where the ranks start; raise b, "
+                "or set target_r or r to another value"
             ]
         )
 

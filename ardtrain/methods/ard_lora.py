@@ -374,9 +374,8 @@ class ArdLora(FixedRank):
         in_use = np.bincount(table.owners[used], minlength=len(table.sites))[sites]  # a wide ramp reaches further
         need = np.minimum(np.maximum(logical + 1, np.repeat(in_use, heads)), most)  # one to grow into
         needs = np.stack([np.maximum.reduceat(need, slots.firsts), most[slots.firsts]], axis=1)
-        each, like = np.unique(needs[:, 0] * (needs.max() + 1) + needs[:, 1], return_index=True, return_inverse=True)[
-            1:
-        ]
+        pairs = needs[:, 0] * (needs.max() + 1) + needs[:, 1]  # a bucket is worked out once for all that are alike
+        _, each, like = np.unique(pairs, return_index=True, return_inverse=True)
         wanted = np.array([bucket(n, self.settings.capacities, m) for n, m in needs[each].tolist()])[like]
         outside = self.binding.state["outside"].numpy()
         outside[:] = np.where(np.repeat(wanted != ranks, heads), outside + 1, 0.0)

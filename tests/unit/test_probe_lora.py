@@ -14,8 +14,10 @@ from ardtrain.config import ConfigError, parse_config
 from ardtrain.methods.base import Binding
 from ardtrain.methods.probe_lora import exchange
 from ardtrain.methods.probing import FLOOR, Candidates, Prober, directions, orthonormal, split_means, without
+from ardtrain.preflight import prepare
 from ardtrain.ranks import RankTable, Site
 from ardtrain.trainer import Interrupted
+from tests.runs import write_run
 from tests.tiny import TokenBatches, equal_bits, probe_lora, sites_of, tiny_trainer, weights_digest
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -464,3 +466,18 @@ def test_settings_are_checked():
         parse_config(raw | {"probe_lora": grown})
     with pytest.raises(ConfigError, match=r"probe_lora.mask_interval=90 gives no reallocation"):
         parse_config(raw | {"probe_lora": block | {"mask_interval": 90}})
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"probe_components": 999}, r"probe_components=999 exceeds the largest rank of .*, \d+; lower it"),
+        ({"target_r": 999}, r"target_r=999 asks for \d+ components and the \d+ sites have room for \d+; lower it"),
+        ({"target_r": 4, "b": 0}, "b=0 moves no component and target_r=4 is where the ranks start; raise b"),
+    ],
+)
+def test_settings_are_checked_against_the_model(tmp_path, own, said):
+    block = {"init_warmup": 2, "final_warmup": 2, "mask_interval": 4, "probe_steps": 2}
+    config = write_run(tmp_path, "run", method="probe_lora", elalora=None, r=4, probe_lora=block | own)
+    with pytest.raises(ConfigError, match=said):
+        prepare(config, [], world_size=1)
