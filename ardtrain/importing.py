@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ardtrain.patterns import by_pattern
 from ardtrain.ranks import Site
 
 PREFIX = "base_model.model."
@@ -84,19 +85,11 @@ def _scaling(described: Mapping[str, Any], module: str, rank: int) -> float:
     """PEFT's factor of one module: alpha / r by its patterns; AdaLoRA divides by its first rank."""
     if described["peft_type"] == "ADALORA":
         return float(described["lora_alpha"]) / (float(described["init_r"]) + 1e-5)
-    r = _by_pattern(described.get("rank_pattern"), module, float(described["r"]))
-    alpha = _by_pattern(described.get("alpha_pattern"), module, float(described["lora_alpha"]))
+    r = by_pattern(described.get("rank_pattern") or {}, module, float(described["r"]))
+    alpha = by_pattern(described.get("alpha_pattern") or {}, module, float(described["lora_alpha"]))
     if int(r) != rank:
         raise ValueError(f"{module} has rank {rank} and adapter_config.json says {r:g}")
     return alpha / math.sqrt(r) if described.get("use_rslora") else alpha / r
-
-
-def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: float) -> float:
-    """The value of the first key that is the module's path or an ending of it (PEFT's rule for plain keys)."""
-    for key, value in (pattern or {}).items():
-        if module == key or module.endswith("." + key):
-            return float(value)
-    return default
 
 
 def place(

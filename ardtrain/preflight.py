@@ -55,6 +55,7 @@ from ardtrain.importing import place, read_adapter
 from ardtrain.methods import build
 from ardtrain.methods.alora import num_matrix_types
 from ardtrain.methods.base import Method
+from ardtrain.patterns import with_patterns
 from ardtrain.ranks import Dense, RankTable, Site
 from ardtrain.token_rows import find_tokens, refuse_whole_embeddings, token_entry
 
@@ -187,6 +188,8 @@ def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[
         frozen_towers=frozen,
         own_modules={t: (own.target_modules, own.exclude_modules) for t, own in config.targets.items()},
     )
+    own_ranks, alphas = config.rank_pattern, config.alpha_pattern
+    sites, ranks = with_patterns(sites, ranks, rank_pattern=own_ranks, alpha_pattern=alphas)
     if config.use_rslora:
         sites = [replace(s, scaling=s.scaling * math.sqrt(r)) for s, r in zip(sites, ranks, strict=True)]
     form = adapter_form(config)

@@ -80,6 +80,8 @@ def rehearsal_config(config: RunConfig, *, world_size: int) -> RunConfig:
         "save_total_limit": None,
         "report_to": (),
         "init_from": None,
+        "rank_pattern": {},  # it may name layers that are not there
+        "alpha_pattern": {},
         "resume_from_checkpoint": None,
         # A stop between the grains of the second step would drop it: this part's own stop is asked once a step.
         "stop_poll_seconds": 1e9,

@@ -284,6 +284,10 @@ class RunConfig(Block):
     """Scale is lora_alpha / r of the start, for the whole run; default 2 r."""
     use_rslora: bool = False
     """Scale lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Module (its path, an ending of it, or a regular expression) -> its own first rank (PEFT)."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Likewise its own lora_alpha; the scale is lora_alpha / r of its own r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
     """all-linear, a list of name endings, or one regular expression for the full name (PEFT)."""
@@ -434,11 +438,11 @@ class RunConfig(Block):
                     f"{name} is the block of another method than method={self.method}; remove it ({name}=null)"
                 )
         ranks = [tower.r for tower in self.targets.values() if tower.r is not None]
-        if self.method == "elalora" and max(self.r, *ranks, 1) == 1:
+        if self.method == "elalora" and max(self.r, *ranks, *self.rank_pattern.values(), 1) == 1:
             errors.append(
                 "r=1 leaves ElaLoRA nothing to prune (one component stays in each site); raise r to 2 or more"
             )
-        if self.adalora is not None and self.adalora.target_r > self.r:
+        if self.adalora is not None and self.adalora.target_r > max(self.r, *self.rank_pattern.values(), 1):
             errors.append(
                 f"adalora.target_r={self.adalora.target_r} exceeds the first rank, r={self.r}; AdaLoRA only masks: "
                 "raise r (the published runs start at 1.5 times the target) or lower target_r"
@@ -448,8 +452,8 @@ class RunConfig(Block):
         if self.budget == "per_tower":
             errors += self._per_tower_errors()
         if self.method == "full":
-            adapters_only = ("r", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "trainable_tokens")
-            for name in (*adapters_only, "loss_chunk_tokens"):
+            scale = ("r", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout")
+            for name in (*scale, "target_modules", "exclude_modules", "trainable_tokens", "loss_chunk_tokens"):
                 field = type(self).model_fields[name]
                 unset = name not in self.model_fields_set or getattr(self, name) == field.get_default()
                 if not unset:  # a resolved config names every setting
@@ -563,6 +567,16 @@ class RunConfig(Block):
                 f"init_from={self.init_from} starts whole matrices and does not fit probe_lora.level=head; set it to "
                 "matrix"
             )
+        for name in ("rank_pattern", "alpha_pattern"):
+            if self.init_from is not None and getattr(self, name):
+                errors.append(
+                    f"{name} stands beside init_from={self.init_from}, which brings ranks and scales; remove one"
+                )
+            for key in getattr(self, name):
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    errors.append(f"{name} names {key}, which is no regular expression ({error}); correct it")
         for name in ("eval_steps", "eval_on_start", "eval_metrics"):
             if getattr(self, name) and not self.data.held_out_files:
                 errors.append(f"{name}={getattr(self, name)} has no rows; set data.eval_file")

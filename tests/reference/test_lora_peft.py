@@ -188,8 +188,15 @@ def test_training(rslora):
     trainer.arena.engine.destroy()
 
 
+PATTERNS = {
+    "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.\d+\.mlp\..*": 5},
+    "alpha_pattern": {"up_proj": 3.0, "o_proj": 7.0},
+}
+
+
 @SCALES
-def test_the_configs_scale_is_pefts(rslora):
+@pytest.mark.parametrize("patterns", [{}, PATTERNS], ids=["even", "patterns"])
+def test_the_configs_ranks_and_scales_are_pefts(rslora, patterns):
     """Through our config, r and lora_alpha as PEFT's users give them."""
     config = parse_config(
         {
@@ -198,6 +205,7 @@ def test_the_configs_scale_is_pefts(rslora):
             "r": R,
             "lora_alpha": ALPHA,
             "use_rslora": rslora,
+            **patterns,
             "target_modules": "all-linear",
             "output_dir": "o",
             "data": {"train_file": "a.jsonl"},
@@ -207,9 +215,12 @@ def test_the_configs_scale_is_pefts(rslora):
     wanted, _ = find_sites(
         tiny_llama(), target_modules="all-linear", exclude_modules=None, r=R, lora_alpha=ALPHA, tower_settings={}
     )
-    settings = LoraConfig(r=R, lora_alpha=ALPHA, use_rslora=rslora, target_modules=[s.module for s in wanted])
+    settings = LoraConfig(
+        r=R, lora_alpha=ALPHA, use_rslora=rslora, target_modules=[s.module for s in wanted], **patterns
+    )
     with torch.random.fork_rng(devices=[]):
         model = get_peft_model(tiny_llama(), settings)
-    scales = [model.base_model.model.get_submodule(s.module).scaling["default"] for s in sites]
-    assert [s.scaling for s in sites] == pytest.approx(scales, rel=1e-12)
-    assert set(ranks) == {R} and scales[0] == (8.0 if rslora else 4.0)
+    theirs = [model.base_model.model.get_submodule(s.module) for s in sites]
+    assert [s.scaling for s in sites] == pytest.approx([own.scaling["default"] for own in theirs], rel=1e-12)
+    assert ranks == [own.r["default"] for own in theirs]
+    assert set(ranks) == ({2, R, 5} if patterns else {R})

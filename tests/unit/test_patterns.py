@@ -1,0 +1,76 @@
+import pytest
+
+from ardtrain.config import ConfigError, parse_config
+from ardtrain.patterns import by_pattern, with_patterns
+from ardtrain.ranks import Site
+
+Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.11.mlp.down_proj"
+SITES = [Site(Q, Q, 32, 32, scaling=2.0), Site(DOWN, DOWN, 64, 32, scaling=2.0)]
+
+
+def config_of(**settings):
+    base = {"model_name_or_path": "m", "method": "lora", "output_dir": "o", "data": {"train_file": "a.jsonl"}}
+    return parse_config(base | settings)
+
+
+@pytest.mark.parametrize("key", [Q, "q_proj", "layers.1.self_attn.q_proj", r".*\.1\.self_attn\..*", "q_proj|k_proj"])
+def test_a_key_names_a_path_an_ending_or_a_regular_expression(key):
+    assert by_pattern({key: 3}, Q, 8) == 3
+    assert by_pattern({key: 3}, DOWN, 8) == 8
+
+
+def test_an_ending_begins_at_a_part_of_the_path():
+    assert by_pattern({"proj": 3, "1.mlp.down_proj": 4}, DOWN, 8) == 8
+
+
+def test_the_first_key_that_fits_counts():
+    assert by_pattern({"mlp.down_proj": 3, "down_proj": 4}, DOWN, 8) == 3
+
+
+def test_ranks_and_scales():
+    """A rank alone leaves alpha, 16 here; alpha alone leaves the rank."""
+    sites, ranks = with_patterns(SITES, [8, 8], rank_pattern={"q_proj": 4}, alpha_pattern={"down_proj": 4.0})
+    assert (ranks, [s.scaling for s in sites]) == ([4, 8], [4.0, 0.5])
+    assert [s.module for s in sites] == [Q, DOWN]
+
+
+def test_without_patterns_nothing_changes():
+    assert with_patterns(SITES, [8, 3], rank_pattern={}, alpha_pattern={}) == (SITES, [8, 3])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"rank_pattern": {"v_proj": 4}}, "rank_pattern names v_proj, and no adapted module's path ends so"),
+        ({"alpha_pattern": {"proj": 4.0}}, "alpha_pattern names proj, and no adapted module's path ends so"),
+        ({"rank_pattern": {"q_proj": 33}}, f"rank_pattern gives {Q} r=33, and its rank is at most 32"),
+        ({"rank_pattern": {"(": 3}}, "is no regular expression"),
+    ],
+)
+def test_what_does_not_fit_the_model(patterns, message):
+    with pytest.raises(ValueError) as raised:
+        with_patterns(SITES, [8, 8], **{"rank_pattern": {}, "alpha_pattern": {}} | patterns)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern"),
+        ({"rank_pattern": {"*": 4}}, "rank_pattern names *, which is no regular expression"),
+        ({"rank_pattern": {"q_proj": 4}, "init_from": "a"}, "rank_pattern stands beside init_from=a"),
+        ({"rank_pattern": {"q_proj": 4}, "method": "full"}, "rank_pattern has no meaning for method=full"),
+    ],
+)
+def test_what_the_config_refuses(settings, message):
+    with pytest.raises(ConfigError) as raised:
+        config_of(**settings)
+    assert any(message in line for line in raised.value.errors), raised.value.errors
+
+
+def test_methods_start_from_the_largest_rank_they_are_given():
+    elalora = {"init_warmup": 2, "final_warmup": 2, "mask_interval": 2}
+    assert config_of(method="elalora", elalora=elalora, r=1, rank_pattern={"q_proj": 4}).r == 1
+    adalora = {"target_r": 4, "tinit": 1, "tfinal": 1}
+    assert config_of(method="adalora", adalora=adalora, r=2, rank_pattern={"q_proj": 8}).r == 2
