@@ -133,7 +133,7 @@ class AdapterLinear(nn.Module):
         if not self._gates_by_example:
             return hidden
         assert self.gates is not None
-        gated = hidden.view(*x_BTI.shape[:-1], -1) * self._padded(self.gates, -1)
+        gated = hidden.view(*x_BTI.shape[:-1], hidden.shape[-1]) * self._padded(self.gates, -1)
         return gated.to(hidden.dtype).view(hidden.shape)
 
     def _padded(self, values: Tensor, dim: int = 0) -> Tensor:
@@ -305,6 +305,8 @@ def attach(
 ) -> dict[str, AdapterLinear]:
     """Puts an AdapterLinear in the place of each site's linear; module path -> adapter, in base order.
 
+    The model's other linears become BaseLinears.
+
     Args:
         dropout: by tower, of the adapter's input; towers that are not in it have none.
         form: of the product; own_a and shared_a for the matrices in `heads`, plain for the others.
@@ -329,16 +331,16 @@ def attach(
         setattr(parent, child, adapter)
         out[site.module] = adapter
     for module in model.modules():
-        if type(module) is nn.Linear and module.bias is not None:
-            module.__class__ = BiasedLinear
+        if type(module) is nn.Linear:
+            module.__class__ = BaseLinear
     return out
 
 
-class BiasedLinear(nn.Linear):
-    """A frozen linear without an adapter, by the adapters' product.
+class BaseLinear(nn.Linear):
+    """A frozen linear without an adapter: the same product as the others', in every stage.
 
-    zero.Init replaces F.linear in the whole process by a product that adds the bias in a step of its own: in bfloat16
-    ZeRO 0 and 3 would differ. Without a bias both have the same bits.
+    zero.Init replaces F.linear in the whole process by one that keeps its input for backward, and that adds a bias in a
+    step of its own: in bfloat16 ZeRO 0 and 3 would differ.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -60,12 +60,12 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors  # whole again: ZeRO-3 gathers it before this module's backward
         of_x = frozen_gradient(grad.reshape(-1, grad.shape[-1]), weight, ctx.packing)
-        return of_x.view(*grad.shape[:-1], -1), None, None, None
+        return _unflattened(of_x, grad), None, None, None
 
 
 def _unflattened(out_NO: Tensor, x: Tensor) -> Tensor:
-    """[..., O] for x [..., I], and no view: what a Function gives back as a view may not be changed in place, which
-    DeBERTa does."""
+    """[..., O] for x [..., I], of which there may be none, and no view: what a Function gives back as a view may not be
+    changed in place, which DeBERTa does."""
     out: Tensor = torch.ops.aten._unsafe_view(out_NO, [*x.shape[:-1], out_NO.shape[-1]])
     return out
 
@@ -191,7 +191,7 @@ class AdapterProduct(torch.autograd.Function):
                 if needs_x:
                     of_x = torch.zeros_like(x).view(-1, x.shape[-1]) if of_x is None else of_x
                     _add_down_input(of_x, of_hidden, _joined(rows, grad.dtype))
-        of_x = None if of_x is None else of_x.view(*grad.shape[:-1], -1)
+        of_x = None if of_x is None else _unflattened(of_x, grad)
         return of_x, None, None, None, of_b, None, None if ctx.leads else of_hidden, None, *of_rows
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import nn
 
 from ardtrain import products
@@ -195,6 +196,33 @@ def test_attached_model_without_views_gives_the_bases_logits():
     attach(model, sites_of_model(model)[0], dropout={})
     ids = torch.arange(1, 20)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
+
+
+def test_linears_without_adapters_keep_no_input_for_backward(monkeypatch):
+    """Also where zero.Init has put its own product, which keeps it, in the place of F.linear."""
+    model, x = tiny_llama(), random(1, 3, 32).requires_grad_()
+    attach(model, sites_of_model(model, target_modules=["q_proj"])[0], dropout={})
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    linears, kept = (model.model.layers[0].mlp.up_proj, model.lm_head), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        for linear in linears:
+            linear(x)
+    assert [t.data_ptr() for t in kept] == [linear.weight.data_ptr() for linear in linears]
+
+
+def test_no_rows_have_no_output_and_no_gradient():
+    """An expert that sees no token; a grain without targets, whose logits are those of no position."""
+    model = tiny_llama()
+    sites = sites_of_model(model, target_modules=["q_proj"])[0]
+    adapters, layout = attach(model, sites, dropout={}), ArenaLayout(RankTable.start(sites, [2] * 2), Lora().entries)
+    leaf = torch.ones(layout.size, requires_grad=True)
+    bind_arena(adapters, layout, leaf)
+    x = torch.ones(0, 32, requires_grad=True)
+    for linear in (*adapters.values(), model.lm_head):
+        out = linear(x)
+        of_x, of_leaf = torch.autograd.grad(out.sum(), (x, leaf), allow_unused=True)
+        assert out.shape == (0, linear.out_features) and of_x.shape == (0, 32)
+        assert of_leaf is None or not of_leaf.any()
 
 
 # ---- targets ----

@@ -420,8 +420,9 @@ def test_equal_bits_with_vision_in_full(data, world):
     assert resumed == weights
 
 
-def test_equal_bits_where_linears_with_a_bias_have_no_adapter(data, world, monkeypatch):
-    """The vision tower's, in bfloat16; zero.Init leaves its F.linear behind, which a run with ZeRO 0 does not have."""
+def test_equal_bits_where_linears_have_no_adapter(data, world, monkeypatch):
+    """The vision tower's, with a bias, and the language model's, without one, in bfloat16; zero.Init leaves its
+    F.linear behind, which a run with ZeRO 0 does not have."""
     train, dtype = data[0], torch.bfloat16
     monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
     losses = []
