@@ -233,15 +233,9 @@ def elalora(problem, table):
     return ElaLora(elalora_settings(problem))
 
 
-class ElaLoraZero(ElaLora):
-    """ElaLoRA whose newborn begin without a second moment, as probe growth's do."""
-
-    needs = replace(ElaLora.needs, newborn_second_moment="zero")
-
-
 def elalora_zero(problem, table):
     """Is it the newborn's moments rather than the probes?"""
-    return ElaLoraZero(elalora_settings(problem))
+    return ElaLora(replace(elalora_settings(problem), newborn_second_moment="zero"))
 
 
 class RandomMoves(ElaLora):

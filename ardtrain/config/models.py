@@ -111,6 +111,8 @@ class ElaLoraBlock(Block):
     """A newborn component cannot be pruned for one interval (ours)."""
     newborn_norm: Literal["mean", "unit"] = "mean"
     """Length of newborn vectors: the mean of the site's rows (ours) or 1 (published)."""
+    newborn_second_moment: Literal["survivors", "zero"] = "survivors"
+    """What Adam starts a newborn with: its site's mean, or zero, to learn faster."""
     compat: Literal["reference"] | None = None
     """reference: the published choices, whatever allow_swap, newborn_immunity and newborn_norm say; not its defects."""
 

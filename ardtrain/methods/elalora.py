@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ardtrain.methods.base import FixedRank, Needs, StateKind, Statistics
+from ardtrain.methods.base import FixedRank, Needs, SecondMoment, StateKind, Statistics
 from ardtrain.methods.diagonal import diagonal_entries, first_rows, orthogonality_penalty
 from ardtrain.methods.sensitivity import component_scores, observe_sensitivity
 from ardtrain.methods.towers import allocate_by
@@ -39,16 +39,16 @@ class ElaLoraSettings(MoveSchedule):
     allow_swap: bool
     newborn_immunity: bool
     newborn_norm: Literal["mean", "unit"]
+    newborn_second_moment: SecondMoment = "survivors"
     per_tower: bool = False
 
 
 class ElaLora(FixedRank):
     """State: per-entry averages `mean` and `spread` of the sensitivity."""
 
-    needs = Needs(ranks=True)
-
     def __init__(self, settings: ElaLoraSettings) -> None:
         self.settings = settings
+        self.needs = Needs(ranks=True, newborn_second_moment=settings.newborn_second_moment)
 
     def entries(self, site: Site) -> Mapping[str, int]:
         return diagonal_entries(site)

@@ -18,7 +18,7 @@ from ardtrain.preflight import prepare
 from ardtrain.ranks import RankTable, Site
 from ardtrain.trainer import Interrupted
 from tests.runs import write_run
-from tests.tiny import TokenBatches, equal_bits, probe_lora, sites_of, tiny_trainer, weights_digest
+from tests.tiny import TokenBatches, elalora, equal_bits, probe_lora, sites_of, tiny_trainer, weights_digest
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -409,9 +409,10 @@ def test_newborn_components_lie_along_found_directions_and_add_nothing(trainers)
             assert not rows["lora_B"][-change.born :].any()
 
 
+@pytest.mark.parametrize("method", [probe_lora, elalora])
 @pytest.mark.parametrize("kind", ["zero", "survivors"])
-def test_what_adam_knows_of_a_newborn(trainers, kind):
-    trainer = trainers(probe_lora(newborn_second_moment=kind))
+def test_what_adam_knows_of_a_newborn(trainers, method, kind):
+    trainer = trainers(method(newborn_second_moment=kind))
     while (event := trainer.train_step().event) is None:
         pass
     layout, moment = trainer.arena.layout, trainer.arena.capture().full.exp_avg_sq
