@@ -36,11 +36,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ardtrain.ablation_work import ONLY, WITHOUT, Group, Item, cut_work, lanes_of
-from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, drop_views
+from ardtrain.adapters import AdapterLinear, bind_arena, drop_views
 from ardtrain.arena import ArenaLayout
 from ardtrain.collectives import World, deal
 from ardtrain.data import Batch
 from ardtrain.decoder_stack import Skipped, find_stack
+from ardtrain.dense import DenseModule
 from ardtrain.evaluation import Grains, model_inputs
 from ardtrain.logits import LogitHead
 from ardtrain.packing import packed_arguments

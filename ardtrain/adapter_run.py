@@ -15,20 +15,13 @@ from transformers import PreTrainedModel
 
 from ardtrain import checkpoint, export, preflight, zero_checkpoint
 from ardtrain.ablation import AblationScorer
-from ardtrain.adapters import (
-    AdapterLinear,
-    DenseModule,
-    DoraLinear,
-    attach,
-    attach_dense,
-    bind_arena,
-    first_dense,
-)
+from ardtrain.adapters import AdapterLinear, DoraLinear, attach, bind_arena, first_dense
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, enable_checkpointing, tower_text
 from ardtrain.cards import Described, write_card
 from ardtrain.checkpoint import saving
 from ardtrain.config import AloraBlock, adapter_settings
+from ardtrain.dense import DenseModule, attach_dense
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import image_inputs, loss_sum
 from ardtrain.faults import StopCode

@@ -1,4 +1,4 @@
-"""AdapterLinear and its forms: a frozen linear and a low-rank product beside it; and how sites are found in a model.
+"""AdapterLinear and its forms: a frozen linear and a low-rank product beside it; put into a model, bound to the arena.
 
 An `AdapterLinear` adopts the linear's own `weight` and `bias`, so the base's parameter names stay. The trained numbers
 are never its parameters: the loop hands it views of the arena as plain tensors, so ZeRO-3 sees only frozen weights.
@@ -8,9 +8,6 @@ Letters: B batch, T tokens, N = B T, I in, O out, R components, H heads, c large
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ardtrain.arena import ArenaLayout
+from ardtrain.dense import DenseModule
 from ardtrain.heads import Heads, HeadSide
 from ardtrain.products import AdapterProduct, FrozenLinear, Group, Probed, Scaled, down, find_groups
 from ardtrain.quantized import Packing, QuantizedLinear
-from ardtrain.ranks import Dense, RankTable, Site
+from ardtrain.ranks import RankTable, Site
 
 FrozenModule = nn.Linear | QuantizedLinear  # what an adapter may sit on
 
@@ -358,88 +356,6 @@ def group_adapters(adapters: Mapping[str, nn.Module], run: Callable[[], object])
             adapter.group = group
 
 
-class DenseModule(nn.Module):
-    """What is trained in full: the loop hands it the views of its entries, part -> view of the leaf."""
-
-    views: Mapping[str, Tensor]
-    first: Mapping[str, Tensor]  # part -> first values
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.views, self.first = {}, {}
-
-
-class DenseLinear(DenseModule):
-    """A linear that is trained in full: its weight and bias are views of the arena, cast to the compute dtype.
-
-    Its own parameters are gone from the model, so ZeRO-3 neither shards nor gathers them.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.first = {n: p.detach().float().clone() for n, p in linear.named_parameters(recurse=False)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]."""
-        bias = self.views.get("bias")
-        weight, x_NI = self.views["weight"].to(x.dtype), x.reshape(-1, x.shape[-1])
-        # Not by F.linear: zero.Init replaces that one in the whole process. The sum is the base's own, to the bit.
-        out = torch.mm(x_NI, weight.t()) if bias is None else torch.addmm(bias.view(-1).to(x.dtype), x_NI, weight.t())
-        return out.view(*x.shape[:-1], self.out_features)
-
-
-class DenseLayer(DenseModule):
-    """A module without children that is trained in full and no linear, such as a convolution, an embedding or a norm.
-
-    The module itself computes, with views of the arena in the place of its parameters. It lies outside the model's
-    tree and its parameters on the meta device, so ZeRO-3 neither shards nor gathers them. Of torch's functions
-    zero.Init replaces F.linear alone, so the others give the same bits with and without it.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        parameters = dict(layer.named_parameters(recurse=False))
-        self.first = {n: p.detach().float().clone() for n, p in parameters.items()}
-        self._forms = {n: (p.shape, p.dtype) for n, p in parameters.items()}
-        self._layer = (layer.to("meta"),)  # a tuple, which nn.Module does not look into
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        return torch.func.functional_call(self._layer[0], {n: self._value(n) for n in self._forms}, args, kwargs)
-
-    def _value(self, part: str) -> Tensor:
-        shape, dtype = self._forms[part]
-        return self.views[part].view(shape).to(dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """Its parameters' values while it has views: SigLIP reads the dtype of a convolution's weight."""
-        return self._value(name) if name in self.__dict__.get("views", ()) else super().__getattr__(name)
-
-
-def attach_dense(model: nn.Module, modules: Sequence[str]) -> dict[str, DenseModule]:
-    """Puts a DenseLinear in the place of each of these linears, a DenseLayer in that of modules of other kinds."""
-    out: dict[str, DenseModule] = {}
-    for name in modules:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        own = getattr(parent, child)
-        out[name] = DenseLinear(own) if isinstance(own, nn.Linear) else DenseLayer(own)
-        setattr(parent, child, out[name])
-    return out
-
-
-def dense_entries(modules: Mapping[str, nn.Module]) -> tuple[Dense, ...]:
-    """The arena's entries for modules that are trained in full; works on the meta device."""
-    out = []
-    for name, module in modules.items():
-        for part, parameter in module.named_parameters(recurse=False):
-            shape = tuple(parameter.shape)
-            rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, parameter.numel())
-            out.append(Dense(name, part, rows, columns, None if shape == (rows, columns) else shape))
-    return tuple(out)
-
-
 def first_dense(adapters: Mapping[str, AdapterLinear | DenseModule]) -> dict[tuple[str, str], Tensor]:
     """First values of the dense entries by (module, part): magnitudes and what is trained in full."""
     out: dict[tuple[str, str], Tensor] = {}
@@ -510,94 +426,3 @@ def drop_views(adapters: Mapping[str, AdapterLinear | DenseModule]) -> None:
             adapter.views = {}
         else:
             adapter.bind(None, (0,))
-
-
-def linear_modules(model: nn.Module, *, skip: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """Path -> linear for every linear layer an adapter may sit on, in `named_modules()` order.
-
-    skip: module paths to leave out (the output embedding; modules that never run).
-    """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == s or name.startswith(s + ".") for s in skip)
-    }
-
-
-def select_modules(
-    linears: Mapping[str, nn.Linear], *, target_modules: str | Sequence[str], exclude_modules: Any = None
-) -> list[str]:
-    """The targeted paths, in base order, by PEFT's rules.
-
-    target_modules: "all-linear"; another string is a regular expression for the whole path; a list holds suffixes.
-
-    Raises:
-        ValueError: an entry matches nothing; the message names the nearest module.
-    """
-    names = list(linears)
-    if isinstance(target_modules, str):
-        if target_modules == "all-linear":
-            chosen = names
-        else:
-            chosen = [n for n in names if re.fullmatch(target_modules, n)]
-            _refuse_empty(target_modules, chosen, names)
-    else:
-        wanted = list(target_modules)
-        for entry in wanted:
-            _refuse_empty(entry, [n for n in names if _ends_with(n, entry)], names)
-        chosen = [n for n in names if any(_ends_with(n, e) for e in wanted)]
-    excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or [])
-    kept = [n for n in chosen if not any(_ends_with(n, e) or re.fullmatch(e, n) for e in excluded)]
-    if not kept:
-        raise ValueError(
-            f"exclude_modules={exclude_modules!r} removes every module that target_modules={target_modules!r} names; "
-            "exclude fewer"
-        )
-    return kept
-
-
-def _ends_with(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
-
-
-def _refuse_empty(entry: str, matches: Sequence[str], names: Sequence[str]) -> None:
-    if matches:
-        return
-    leaves = sorted({n.rpartition(".")[2] for n in names})
-    near = difflib.get_close_matches(entry.rpartition(".")[2], leaves, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"target_modules={entry!r} matches no linear layer of the model; {hint}the model has {', '.join(leaves)}; "
-        "or use all-linear"
-    )
-
-
-def make_sites(
-    linears: Mapping[str, nn.Linear],
-    modules: Sequence[str],
-    *,
-    r: int,
-    lora_alpha: float,
-    tower_of: Mapping[str, str],
-    tower_settings: Mapping[str, tuple[int, float]],
-) -> tuple[list[Site], list[int]]:
-    """One matrix site per module and its first rank.
-
-    tower_settings: tower -> (r, lora_alpha) where they differ from the run's.
-
-    Raises:
-        ValueError: r exceeds min(in, out) of a module.
-    """
-    sites, ranks = [], []
-    for name in modules:
-        linear, tower = linears[name], tower_of[name]
-        site_r, alpha = tower_settings.get(tower, (r, lora_alpha))
-        largest = min(linear.in_features, linear.out_features)
-        if site_r > largest:
-            raise ValueError(
-                f"r={site_r} exceeds {name} ({linear.in_features} inputs, {linear.out_features} outputs; rank at most "
-                f"{largest}); lower r or drop {name.rpartition('.')[2]} from target_modules"
-            )
-        sites.append(Site(name, name, linear.in_features, linear.out_features, scaling=alpha / site_r, tower=tower))
-        ranks.append(site_r)
-    return sites, ranks

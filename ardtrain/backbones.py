@@ -1,14 +1,12 @@
-"""What a model family is: its towers, linear layers and classification head; loads config, model and tokenizer.
+"""The base through transformers: config, model, tokenizer, image processor; its classification head, its checkpointing.
 
-All of it through transformers.
+Which of its modules get an adapter: targets.py.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,16 +26,12 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ardtrain.adapters import linear_modules, make_sites, select_modules
 from ardtrain.arena import ArenaLayout
 from ardtrain.quantized import Format, Packing, quantize_modules, unshared
-from ardtrain.ranks import Site, named_seed
+from ardtrain.ranks import named_seed
+from ardtrain.targets import IMAGE_MODELS, base_linears, head_linears, tower_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-VISION_PREFIXES = ("vision_tower", "model.vision_tower", "vision_model")
-IMAGE_MODELS = ("paligemma",)  # model types that see pictures
-PROJECTOR_PREFIXES = ("multi_modal_projector", "model.multi_modal_projector")
 
 
 @dataclass(frozen=True)
@@ -286,164 +280,6 @@ def load_image_processor(source: ModelSource) -> Any:
         ) from error
 
 
-def never_run(model: PreTrainedModel) -> list[str]:
-    """Modules whose results the model does not use, topmost ones with linears in them.
-
-    SigLIP's pooling head, which PaliGemma passes by; where a model has towers for more than text but rows hold text
-    alone (Gemma-3 from 4B on), all that stands beside its decoder.
-    """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if model.config.model_type in IMAGE_MODELS:
-        heads = [n for n, _ in model.named_modules() if n.endswith(("vision_tower.head", "vision_model.head"))]
-        return [head for head in heads if any(name.startswith(f"{head}.") for name in linears)]
-    if model.config.get_text_config() is model.config:
-        return []
-    decoder = model.get_decoder()
-    (inside,) = [name for name, module in model.named_modules() if module is decoder]
-    around, _, _ = inside.rpartition(".")
-    beside = [f"{around}.{n}" if around else n for n, _ in model.get_submodule(around).named_children()]
-    return [n for n in beside if n != inside and any(f"{name}.".startswith(f"{n}.") for name in linears)]
-
-
-def stacked_experts(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape [E, O, I] of experts whose weights are one parameter and no linears; no adapter sits there."""
-    return {
-        f"{path}.{name}": tuple(parameter.shape)
-        for path, module in model.named_modules()
-        if path.endswith("experts")
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    }
-
-
-def without_adapter(model: PreTrainedModel) -> list[str]:
-    """What `all-linear` leaves out and a user may not expect, a line each; nothing for most models."""
-    notes = [
-        f"no adapter on {module}: the model's forward does not use it for such rows" for module in never_run(model)
-    ]
-    experts = stacked_experts(model)
-    if experts:
-        name, shape = next(iter(experts.items()))
-        numbers = sum(math.prod(s) for s in experts.values())
-        notes.append(
-            f"no adapter on the experts: their weights are stacked ({name} {list(shape)}) and no linear layers; "
-            f"{numbers:,} numbers stay as they are"
-        )
-    return notes
-
-
-def find_sites(
-    model: PreTrainedModel,
-    *,
-    target_modules: str | Sequence[str],
-    exclude_modules: Any,
-    r: int,
-    lora_alpha: float,
-    tower_settings: dict[str, tuple[int, float]],
-    frozen_towers: Sequence[str] = (),
-    own_modules: Mapping[str, tuple[Any, Any]] | None = None,
-) -> tuple[list[Site], list[int]]:
-    """Sites of the model and their first ranks, in base order; works on the meta device.
-
-    frozen_towers: get no adapter. own_modules: tower -> its own (target_modules, exclude_modules), None for the run's.
-
-    The output embedding is never a target (PEFT's rule for `all-linear`), nor is a classification head: it is trained
-    in full. PEFT leaves out `score` and `classifier` alone; DeBERTa's `pooler.dense` is a target there.
-
-    Raises:
-        ValueError: a target matches nothing (or stacked experts alone), a rank exceeds a module, or `targets` names a
-            tower the model lacks.
-    """
-    linears = base_linears(model)
-    try:
-        modules = _tower_modules(linears, target_modules, exclude_modules, own_modules or {})
-    except ValueError as error:
-        experts = next(iter(stacked_experts(model)), None)
-        if experts is None:
-            raise
-        raise ValueError(
-            f"{error}. Experts' weights are stacked in this model ({experts}) and take no adapter"
-        ) from error
-    towers = {name: tower_of(name) for name in modules}
-    unknown = sorted({*tower_settings, *frozen_towers} - set(towers.values()))
-    if unknown:
-        raise ValueError(
-            f"targets.{unknown[0]} names a tower that has no targeted module; this model's towers are "
-            f"{', '.join(sorted(set(towers.values())))}"
-        )
-    modules = [name for name in modules if towers[name] not in frozen_towers]
-    if not modules:
-        raise ValueError("targets freezes every tower that target_modules reaches; leave one to train")
-    return make_sites(linears, modules, r=r, lora_alpha=lora_alpha, tower_of=towers, tower_settings=tower_settings)
-
-
-def _tower_modules(
-    linears: Mapping[str, nn.Linear], target: Any, exclude: Any, own: Mapping[str, tuple[Any, Any]]
-) -> list[str]:
-    """The targeted paths in base order; a tower in `own` is asked by its own settings, where it has some."""
-    every = select_modules(linears, target_modules=target)
-    chosen = set(select_modules(linears, target_modules=target, exclude_modules=exclude)) if exclude else set(every)
-    for tower, (own_target, own_exclude) in own.items():
-        inside = {name: linear for name, linear in linears.items() if tower_of(name) == tower}
-        wanted = own_target if own_target is not None else [name for name in every if name in inside]
-        if not inside or not wanted or (own_target is None and own_exclude is None):
-            continue  # the run's settings hold, or the caller names the tower
-        excluded = own_exclude if own_exclude is not None else exclude
-        try:
-            kept = select_modules(inside, target_modules=wanted, exclude_modules=excluded)
-        except ValueError as error:
-            raise ValueError(f"targets.{tower}: {error}") from error
-        chosen = (chosen - inside.keys()) | set(kept)
-    return [name for name in linears if name in chosen]
-
-
-def base_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Path -> linear of the base, in `named_modules()` order: all but the output embedding, a classification head and
-    what never runs.
-
-    These are what adapters may sit on and, when the base is quantised, what is quantised.
-    """
-    output = model.get_output_embeddings()
-    skip = [name for name, module in model.named_modules() if output is not None and module is output]
-    return linear_modules(model, skip=[*skip, *head_linears(model), *never_run(model)])
-
-
-def tower_modules(model: PreTrainedModel, tower: str) -> dict[str, nn.Module]:
-    """Path -> module with parameters of its own, of a tower that is trained in full; what never runs is left out.
-
-    Raises:
-        ValueError: the model has no such tower, it holds the embedding of the tokens, or a tensor that cannot be
-            replaced: of a module that has modules of its own or state beside its parameters, or of two modules.
-    """
-    skip = tuple(f"{name}." for name in never_run(model))
-    inside = {
-        name: module
-        for name, module in model.named_modules()
-        if tower_of(name) == tower and not f"{name}.".startswith(skip) and list(module.parameters(recurse=False))
-    }
-    reason = "" if inside else "the model has no such tower"
-    size = sum(p.numel() for module in inside.values() for p in module.parameters(recurse=False))
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name, module in inside.items():
-        own = dict(module.named_parameters(recurse=False))
-        if module is model.get_input_embeddings():
-            reason = (
-                f"the tower holds the embedding of all tokens, {name}, and its {size:,} numbers would be "
-                f"{16 * size / 2**30:.3g} GiB of masters, moments and gradient on every process"
-            )
-        elif list(module.children()):
-            reason = f"{name}.{next(iter(own))} is a tensor of a module that holds others ({type(module).__name__})"
-        elif list(module.buffers(recurse=False)):
-            reason = f"{name} has state beside its parameters ({type(module).__name__})"
-        elif shared := [part for part, p in own.items() if owners[id(p)] > 1]:
-            reason = f"{name}.{shared[0]} is another module's tensor as well"
-        if reason:
-            break
-    if reason:
-        raise ValueError(f"targets.{tower}.full=true: {reason}; use an adapter there, with a larger r if need be")
-    return inside
-
-
 def quantize_base(model: PreTrainedModel, format: Format, *, carried: bool = False) -> dict[str, Packing]:
     """Quantises the base's linears in place, adapted or not. Embeddings, norms, convolutions, biases, and weights that
     are no linear's (the stacked experts of some mixtures) or another module's as well stay as they are.
@@ -451,19 +287,6 @@ def quantize_base(model: PreTrainedModel, format: Format, *, carried: bool = Fal
     Args, returns, raises: as quantized.quantize_modules.
     """
     return quantize_modules(model, unshared(model, list(base_linears(model))), format, carried=carried)
-
-
-def head_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Path -> linear of a classification head: the linears outside the base, in `named_modules()` order.
-
-    `score` for Llama, `classifier` for BERT, `classifier.dense` and `.out_proj` for RoBERTa, `pooler.dense` and
-    `classifier` for DeBERTa; BERT's own pooler is part of its base. Empty for a model with an output embedding (a
-    language model) and for a bare base.
-    """
-    if model.get_output_embeddings() is not None or model.base_model is model:
-        return {}
-    inside = model.base_model_prefix
-    return linear_modules(model, skip=[inside])
 
 
 def head_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
@@ -496,15 +319,6 @@ def tower_config(model: PreTrainedModel, tower: str) -> Any:
     """transformers' config of one tower: its head counts."""
     config = model.config
     return config.vision_config if tower == "vision" else config.get_text_config()
-
-
-def tower_of(module: str) -> str:
-    """vision, projector or language, by the module's path."""
-    if module.startswith(VISION_PREFIXES):
-        return "vision"
-    if module.startswith(PROJECTOR_PREFIXES):
-        return "projector"
-    return "language"
 
 
 def tower_text(layout: ArenaLayout) -> str:

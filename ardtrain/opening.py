@@ -10,16 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, initialization
 
-from ardtrain.backbones import (
-    DTYPES,
-    ModelSource,
-    auto_class,
-    head_linears,
-    load_config,
-    load_model,
-    set_padding,
-    take_quantization,
-)
+from ardtrain.backbones import DTYPES, ModelSource, auto_class, load_config, load_model, set_padding, take_quantization
 from ardtrain.fingerprint import INDEX, hub_weight_files
 from ardtrain.loading import (
     NotMapped,
@@ -34,6 +25,7 @@ from ardtrain.loading.bitsandbytes import decoded
 from ardtrain.loading.mapping import Mapped
 from ardtrain.loading.verifying import SUMS
 from ardtrain.observe import ReadingBar
+from ardtrain.targets import head_linears
 
 logger = logging.getLogger("ardtrain")
 

@@ -14,21 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ardtrain.adapters import Form, dense_entries, linear_modules
+from ardtrain.adapters import Form
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import (
-    IMAGE_MODELS,
-    ModelSource,
-    find_sites,
-    head_linears,
-    load_image_processor,
-    load_tokenizer,
-    meta_model,
-    tower_config,
-    tower_modules,
-    tower_text,
-    without_adapter,
-)
+from ardtrain.backbones import ModelSource, load_image_processor, load_tokenizer, meta_model, tower_config, tower_text
 from ardtrain.backbones import load_config as load_model_config
 from ardtrain.collectives import idle_share
 from ardtrain.config import (
@@ -48,6 +36,7 @@ from ardtrain.config import (
 from ardtrain.data import DataSettings, EvalData, Source, TrainData
 from ardtrain.data_labels import find_labels
 from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
+from ardtrain.dense import dense_entries
 from ardtrain.gather_sizes import WeightSizes
 from ardtrain.heads import Heads, find_heads, refuse_fused, split_heads
 from ardtrain.images import ImageReader, ImageSettings, image_settings
@@ -57,6 +46,7 @@ from ardtrain.methods.alora import num_matrix_types
 from ardtrain.methods.base import Method
 from ardtrain.patterns import with_patterns
 from ardtrain.ranks import Dense, RankTable, Site
+from ardtrain.targets import IMAGE_MODELS, find_sites, head_linears, linear_modules, tower_modules, without_adapter
 from ardtrain.token_rows import find_tokens, refuse_whole_embeddings, token_entry
 
 _FORMATS: dict[str, Any] = {"sequence_classification": "classification", "image_text_to_text": "image_text"}
@@ -140,7 +130,7 @@ def in_full(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Module]:
     """Path -> module of what is trained in full beside adapters: a classification head, towers that are set so.
 
     Raises:
-        ValueError: as backbones.tower_modules.
+        ValueError: as targets.tower_modules.
     """
     out: dict[str, nn.Module] = {}
     if config.task == "sequence_classification":

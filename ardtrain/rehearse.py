@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ardtrain import checkpoint, preflight
 from ardtrain.adapter_run import AdapterRun
-from ardtrain.backbones import DTYPES, IMAGE_MODELS, load_config, load_image_processor, meta_model, take_quantization
+from ardtrain.backbones import DTYPES, load_config, load_image_processor, meta_model, take_quantization
 from ardtrain.collectives import World
 from ardtrain.config import AloraBlock, ArdLoraBlock, ConfigError, RunConfig, updated
 from ardtrain.evaluation import HeldOut
@@ -37,6 +37,7 @@ from ardtrain.preflight import Prepared
 from ardtrain.ranks import RankPlan, RankTable, named_seed, prune_and_grow
 from ardtrain.run_info import peaks, reset_peaks
 from ardtrain.session import Surroundings
+from ardtrain.targets import IMAGE_MODELS
 from ardtrain.trainer import StepResult
 
 BASE = "base"  # in the rehearsal's folder: the random base, removed when all has passed

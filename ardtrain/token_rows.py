@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ardtrain.adapters import DenseModule
+from ardtrain.dense import DenseModule
 from ardtrain.logits import COMPUTES_WITH
 from ardtrain.ranks import Dense
 

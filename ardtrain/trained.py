@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ardtrain import checkpoint, preflight
-from ardtrain.adapters import AdapterLinear, DenseModule, attach, attach_dense, bind_arena
+from ardtrain.adapters import AdapterLinear, attach, bind_arena
 from ardtrain.arena import ArenaLayout, Shard
 from ardtrain.backbones import init_head, load_config, load_model, quantize_base, take_quantization
 from ardtrain.checkpoint.finding import POINTERS, looks_complete
@@ -27,6 +27,7 @@ from ardtrain.checkpoint.format import MANIFEST, read_manifest
 from ardtrain.config import ConfigError, RunConfig
 from ardtrain.config import load_config as load_run_config
 from ardtrain.data_labels import classification_pad_id
+from ardtrain.dense import DenseModule, attach_dense
 from ardtrain.engines_filling import fill_whole
 from ardtrain.export import peft_config, write_peft
 from ardtrain.fingerprint import fingerprint, hub_weight_files

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ardtrain import schedule
-from ardtrain.adapters import AdapterLinear, DenseModule, bind_arena, bind_probes, drop_views, group_adapters
+from ardtrain.adapters import AdapterLinear, bind_arena, bind_probes, drop_views, group_adapters
 from ardtrain.arena import ArenaLayout
 from ardtrain.best import Judge
 from ardtrain.collectives import START_EXPONENT, ExactSum, StepSum, World, deal, next_exponent
 from ardtrain.data import Batch
+from ardtrain.dense import DenseModule
 from ardtrain.evaluation import Grains, HeldOut, LossSum, held_out_loss, loss_sum
 from ardtrain.methods.base import Method, Statistics
 from ardtrain.observe import Clock

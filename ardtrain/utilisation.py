@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ardtrain.adapters import AdapterLinear, DenseLinear
+from ardtrain.adapters import AdapterLinear
+from ardtrain.dense import DenseLinear
 from ardtrain.quantized import QuantizedLinear
 
 

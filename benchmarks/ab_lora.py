@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ardtrain.ablation import AblationScorer
 from ardtrain.adapters import attach, bind_arena, drop_views
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import ModelSource, find_sites, load_model, load_tokenizer
+from ardtrain.backbones import ModelSource, load_model, load_tokenizer
 from ardtrain.collectives import World
 from ardtrain.data import DataSettings, EvalData
 from ardtrain.evaluation import token_loss_sum
@@ -27,6 +27,7 @@ from ardtrain.methods.alora import allocate, num_matrix_types
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
 from ardtrain.resize import start_snapshot
+from ardtrain.targets import find_sites
 from benchmarks.common import SHAPES, described, machine, parser, random_llama, summary, timed, write
 from tests.tiny import HeldOutBatches
 

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ardtrain.backbones import find_sites
 from ardtrain.collectives import World
 from ardtrain.engines import start_deepspeed
+from ardtrain.targets import find_sites
 
 SHAPES = {
     # hidden, layers, heads, kv heads, mlp, vocabulary

@@ -17,12 +17,12 @@ from transformers.masking_utils import create_causal_mask
 
 from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
 from ardtrain.data import build_batch
 from ardtrain.evaluation import token_loss_sum
 from ardtrain.logits import find_logit_head
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
+from ardtrain.targets import find_sites
 from benchmarks.common import LiveBytes, described, machine, parser, summary, timed, write
 
 VOCAB = 131072

@@ -29,7 +29,6 @@ import torch
 
 from ardtrain.ablation import AblationScorer
 from ardtrain.adapters import attach, first_dense
-from ardtrain.backbones import find_sites
 from ardtrain.engines import AdamSettings, BackboneEngine
 from ardtrain.heads import find_heads, split_heads
 from ardtrain.methods.adalora import AdaLora, AdaLoraSettings
@@ -41,6 +40,7 @@ from ardtrain.methods.lora import Lora
 from ardtrain.methods.probe_lora import ProbeLora, ProbeLoraSettings
 from ardtrain.ranks import RankTable, named_seed
 from ardtrain.resize import LiveArena
+from ardtrain.targets import find_sites
 from ardtrain.trainer import Hooks, LoopSettings, Trainer
 from benchmarks.common import join_world, machine, parser
 from benchmarks.planted_teacher import (

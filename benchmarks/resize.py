@@ -20,11 +20,12 @@ from unittest import mock
 import torch
 
 from ardtrain.adapters import attach
-from ardtrain.backbones import ModelSource, find_sites, load_model
+from ardtrain.backbones import ModelSource, load_model
 from ardtrain.engines import MOMENTS, AdamSettings, BackboneEngine
 from ardtrain.methods.elalora import ElaLora, ElaLoraSettings
 from ardtrain.ranks import RankTable
 from ardtrain.resize import LiveArena
+from ardtrain.targets import find_sites
 from ardtrain.trainer import LoopSettings, Trainer
 from benchmarks.common import (
     SHAPES,

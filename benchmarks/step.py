@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 import ardtrain.trainer as trainer_module
 from ardtrain.adapters import attach
-from ardtrain.backbones import find_sites
 from ardtrain.collectives import ExactSum
 from ardtrain.engines import AdamSettings, BackboneEngine
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
 from ardtrain.resize import LiveArena
+from ardtrain.targets import find_sites
 from ardtrain.trainer import Trainer
 from benchmarks.common import SHAPES, described, join_world, machine, parser, random_llama, summary, timed, write
 from benchmarks.resize import settings

@@ -22,11 +22,12 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import z3_leaf_module
 
 from ardtrain.adapters import attach
-from ardtrain.backbones import enable_checkpointing, find_sites
+from ardtrain.backbones import enable_checkpointing
 from ardtrain.engines import AdamSettings, BackboneEngine
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
 from ardtrain.resize import LiveArena
+from ardtrain.targets import find_sites
 from ardtrain.trainer import Trainer
 from benchmarks.common import SHAPES, described, join_world, machine, parser, random_llama, summary, write
 from benchmarks.resize import settings

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ardtrain.backbones import base_linears
 from ardtrain.quantized import quantize_int8, quantize_nf4
+from ardtrain.targets import base_linears
 from tests.tiny import tiny_llama
 
 GOLDEN = Path(__file__).parent / "goldens" / "bitsandbytes.safetensors"  # bitsandbytes' own files

@@ -15,10 +15,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ardtrain.adapters import attach, attach_dense, dense_entries, first_dense
-from ardtrain.backbones import find_sites, head_linears, quantize_base, tower_config, tower_modules
+from ardtrain.adapters import attach, first_dense
+from ardtrain.backbones import quantize_base, tower_config
 from ardtrain.collectives import World
 from ardtrain.data import build_batch
+from ardtrain.dense import attach_dense, dense_entries
 from ardtrain.engines import AdamSettings, BackboneEngine, start_deepspeed
 from ardtrain.heads import find_heads, split_heads
 from ardtrain.methods.ard_lora import ArdLora, ArdLoraSettings
@@ -27,6 +28,7 @@ from ardtrain.methods.elalora import ElaLora, ElaLoraSettings
 from ardtrain.methods.probe_lora import ProbeLora, ProbeLoraSettings
 from ardtrain.ranks import RankTable, Site, named_seed
 from ardtrain.resize import LiveArena
+from ardtrain.targets import find_sites, head_linears, tower_modules
 from ardtrain.trainer import LoopSettings, Trainer
 
 CPU = torch.device("cpu")

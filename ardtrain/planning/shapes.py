@@ -14,18 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ardtrain import preflight
-from ardtrain.adapters import (
-    AdapterLinear,
-    DenseModule,
-    DoraLinear,
-    attach,
-    attach_dense,
-    bind_arena,
-)
+from ardtrain.adapters import AdapterLinear, DoraLinear, attach, bind_arena
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, gathered_whole, meta_model, quantize_base
 from ardtrain.config import ConfigError, RunConfig, adapter_settings
 from ardtrain.data import Batch
+from ardtrain.dense import DenseModule, attach_dense
 from ardtrain.evaluation import loss_sum
 from ardtrain.logits import Form as LogitForm
 from ardtrain.logits import LogitHead

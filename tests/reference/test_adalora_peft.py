@@ -10,8 +10,8 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from transformers import get_linear_schedule_with_warmup
 
-from ardtrain.backbones import find_sites
 from ardtrain.methods.adalora import AdaLora, AdaLoraSettings
+from ardtrain.targets import find_sites
 from tests.tiny import TokenBatches, tiny_llama, tiny_trainer
 
 STEPS, R, TARGET, ALPHA = 20, 4, 2, 16.0

@@ -12,11 +12,11 @@ import torch
 from ardtrain.ablation import AblationScorer
 from ardtrain.adapters import attach
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
 from ardtrain.collectives import World
 from ardtrain.methods.alora import Alora, AloraSettings, allocate
 from ardtrain.ranks import RankTable
 from ardtrain.resize import start_snapshot
+from ardtrain.targets import find_sites
 from tests.tiny import CPU, HeldOutBatches, sites_of, tiny_llama
 
 TOLERANCE = 3e-6  # of float32 scores of losses around 5; NumPy's are float64

@@ -12,10 +12,10 @@ from transformers import get_linear_schedule_with_warmup
 
 from ardtrain import preflight
 from ardtrain.adapters import bind_arena
-from ardtrain.backbones import find_sites
 from ardtrain.config import parse_config
 from ardtrain.engines import AdamSettings
 from ardtrain.methods.lora import Lora
+from ardtrain.targets import find_sites
 from tests.tiny import TokenBatches, tiny_llama, tiny_trainer
 
 STEPS, R, ALPHA = 20, 4, 16.0

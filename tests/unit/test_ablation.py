@@ -12,12 +12,12 @@ from transformers import AutoModelForSequenceClassification, BertConfig, Deberta
 
 from ardtrain.ablation import AblationScorer
 from ardtrain.ablation_work import ONLY, WITHOUT, cut_work, lanes_of
-from ardtrain.adapters import AdapterLinear, attach, attach_dense, bind_arena, drop_views
+from ardtrain.adapters import AdapterLinear, attach, bind_arena, drop_views
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
 from ardtrain.collectives import World
 from ardtrain.data import build_batch
 from ardtrain.decoder_stack import find_stack
+from ardtrain.dense import attach_dense
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import held_out_loss, loss_sum
 from ardtrain.logits import find_logit_head
@@ -25,6 +25,7 @@ from ardtrain.methods.alora import Alora, AloraSettings, allocate
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable, Site
 from ardtrain.resize import repack_snapshot, start_snapshot
+from ardtrain.targets import find_sites
 from tests.threads import Threads
 from tests.tiny import CPU, HeldOutBatches, backbone_config, equal_bits, tiny_llama, tiny_trainer
 
@@ -617,7 +618,7 @@ def test_what_is_trained_in_full_stays_in_both_models():
     """A dense output embedding belongs to no component: M_none keeps it."""
     setup = Setup(5, layers=2)
     dense = attach_dense(setup.model, ["lm_head"])
-    from ardtrain.adapters import dense_entries
+    from ardtrain.dense import dense_entries
 
     layout = ArenaLayout(setup.table, Lora().entries, dense_entries({"lm_head": tiny_llama(5).lm_head}))
     weights = torch.zeros(layout.size)

@@ -5,22 +5,13 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import nn
 
 from ardtrain import products
-from ardtrain.adapters import (
-    AdapterLinear,
-    FrozenLinear,
-    attach,
-    bind_arena,
-    drop_views,
-    group_adapters,
-    linear_modules,
-    make_sites,
-    select_modules,
-)
+from ardtrain.adapters import AdapterLinear, attach, bind_arena, drop_views, group_adapters
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
 from ardtrain.engines import BackboneEngine
 from ardtrain.methods.lora import Lora
+from ardtrain.products import FrozenLinear
 from ardtrain.ranks import RankTable
+from ardtrain.targets import find_sites, linear_modules, make_sites, select_modules
 from tests.tiny import CPU, backbone_config, equal_bits, tiny_llama
 
 I, O, R = 6, 5, 3  # noqa: E741

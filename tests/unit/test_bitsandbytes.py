@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ardtrain.backbones import ModelSource, base_linears, meta_model, quantize_base
+from ardtrain.backbones import ModelSource, meta_model, quantize_base
 from ardtrain.engines import BackboneEngine
 from ardtrain.loading import Shards, checked, quantized
 from ardtrain.loading.bitsandbytes import decoded
@@ -15,6 +15,7 @@ from ardtrain.loading.quantizing import Quantized
 from ardtrain.loading.sources import Pieces
 from ardtrain.opening import open_model
 from ardtrain.quantized import Packing, QuantizedLinear
+from ardtrain.targets import base_linears
 from tests.quantized_files import GOLDEN, save_by_bitsandbytes
 from tests.tiny import CPU, backbone_config, equal_bits
 

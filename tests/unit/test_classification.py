@@ -26,18 +26,11 @@ from transformers import (
     RobertaModel,
 )
 
-from ardtrain.backbones import (
-    ModelSource,
-    find_sites,
-    head_linears,
-    head_values,
-    init_head,
-    load_model,
-    meta_model,
-)
+from ardtrain.backbones import ModelSource, head_values, init_head, load_model, meta_model
 from ardtrain.data import DataError, DataSettings, EvalData, Samples, TrainData, build_batch, find_labels
 from ardtrain.data_labels import classification_pad_id
 from ardtrain.evaluation import class_logits, classification_metrics, held_out_loss, loss_sum, token_loss_sum
+from ardtrain.targets import find_sites, head_linears
 from tests.threads import Threads
 from tests.tiny import CPU, HeldOutBatches, equal_bits, single_world, tiny_llama
 

@@ -13,7 +13,7 @@ from deepspeed.utils import z3_leaf_module
 
 from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import enable_checkpointing, find_sites, gathered_whole
+from ardtrain.backbones import enable_checkpointing, gathered_whole
 from ardtrain.engines import (
     AdamSettings,
     AdapterEngine,
@@ -25,6 +25,7 @@ from ardtrain.evaluation import token_loss_sum
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.ops import STALE_LOCK_SECONDS, remove_stale_locks
 from ardtrain.ranks import RankTable
+from ardtrain.targets import find_sites
 from tests.tiny import CPU, ELALORA, TokenBatches, adapter_config, backbone_config, equal_bits, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("world")

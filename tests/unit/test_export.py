@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 
 from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
 from ardtrain.export import PEFT_PREFIX, compare_with_peft, peft_config, write_peft
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
+from ardtrain.targets import find_sites
 from tests.tiny import ELALORA, equal_bits, save_tiny_llama, tiny_llama
 
 METHODS = {"diagonal": ElaLora(ELALORA), "plain": Lora()}

@@ -8,14 +8,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from ardtrain.adapters import attach, attach_dense, bind_arena, dense_entries, first_dense
+from ardtrain.adapters import attach, bind_arena, first_dense
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites, head_linears, init_head
+from ardtrain.backbones import init_head
+from ardtrain.dense import attach_dense, dense_entries
 from ardtrain.export import PEFT_PREFIX, compare_with_peft, peft_config, peft_tensors, write_peft
 from ardtrain.heads import find_heads, split_heads
 from ardtrain.methods.dora import Dora
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
+from ardtrain.targets import find_sites, head_linears
 from tests.tiny import TokenBatches, ard_lora, equal_bits, tiny_llama, tiny_trainer
 
 IDS = torch.arange(4, 44).reshape(2, 20)

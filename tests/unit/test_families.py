@@ -10,16 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, FuyuConfig
 
-from ardtrain.backbones import (
-    ModelSource,
-    auto_class,
-    find_sites,
-    head_linears,
-    meta_model,
-    never_run,
-    stacked_experts,
-    without_adapter,
-)
+from ardtrain.backbones import ModelSource, auto_class, meta_model
 from ardtrain.config import ConfigError
 from ardtrain.engines import AdamSettings, FullEngine
 from ardtrain.evaluation import loss_sum
@@ -28,6 +19,7 @@ from ardtrain.full import FullTrainer, write_model
 from ardtrain.planning.hardware import machine_of
 from ardtrain.planning.plan import make_plan
 from ardtrain.preflight import prepare_config, read_run_config
+from ardtrain.targets import find_sites, head_linears, never_run, stacked_experts, without_adapter
 from tests.distributed.test_families import MOVING
 from tests.families import (
     FAMILIES,

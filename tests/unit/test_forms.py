@@ -12,28 +12,25 @@ from torch import nn
 
 from ardtrain.adapters import (
     AdapterLinear,
-    DenseLayer,
-    DenseLinear,
     DoraLinear,
-    FrozenLinear,
     HeadLinear,
     SharedHeadLinear,
     attach,
-    attach_dense,
     bind_arena,
-    dense_entries,
     drop_views,
     first_dense,
     group_adapters,
 )
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
+from ardtrain.dense import DenseLayer, DenseLinear, attach_dense, dense_entries
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import token_loss_sum
 from ardtrain.heads import find_heads, split_heads
 from ardtrain.methods.dora import Dora
 from ardtrain.methods.lora import Lora
+from ardtrain.products import FrozenLinear
 from ardtrain.ranks import Dense, RankTable
+from ardtrain.targets import find_sites
 from tests.tiny import CPU, TokenBatches, ard_lora, backbone_config, equal_bits, tiny_llama, tiny_trainer
 
 I, O, H, SCALING = 12, 8, 4, 1.5  # noqa: E741

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ardtrain.backbones import find_sites
 from ardtrain.heads import Heads, find_heads, refuse_fused, split_heads
 from ardtrain.ranks import RankTable, Site
+from ardtrain.targets import find_sites
 from tests.tiny import tiny_llama
 
 LLAMA = {"language": SimpleNamespace(num_attention_heads=8, num_key_value_heads=2)}

@@ -21,7 +21,9 @@ MAY_IMPORT_ONLY = {
     "tracing": set(),
     "products": {"tracing"},
     "quantized": {"quantized", "products"},
-    "adapters": {"ranks", "arena", "heads", "products", "quantized"},
+    "dense": {"ranks"},
+    "adapters": {"ranks", "arena", "dense", "heads", "products", "quantized"},
+    "targets": {"ranks"},
     "methods": {"ranks", "schedule", "methods"},
     "resize": {"arena", "engines", "collectives", "ranks", "methods.base"},  # of the methods the protocol alone
     "environment": set(),

@@ -6,12 +6,12 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
 from ardtrain.importing import place, read_adapter
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
 from ardtrain.resize import start_snapshot
+from ardtrain.targets import find_sites
 from tests.tiny import ELALORA, equal_bits, tiny_llama
 
 IDS = torch.arange(4, 40)[None]

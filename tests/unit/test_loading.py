@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from ardtrain.adapters import DoraLinear, attach
-from ardtrain.backbones import ModelSource, find_sites, init_head, load_model
+from ardtrain.backbones import ModelSource, init_head, load_model
 from ardtrain.engines import AdamSettings, BackboneEngine, FullEngine
 from ardtrain.loading import Filler, Shards, Weights, checked, mapping
 from ardtrain.loading.sources import Converted, Given, Pieces, Run, Unread
 from ardtrain.opening import open_model
+from ardtrain.targets import find_sites
 from tests.tiny import CPU, backbone_config, equal_bits, tiny_llama
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -19,12 +19,12 @@ from transformers import (
 
 from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import held_out_loss, token_loss_sum
 from ardtrain.logits import Form, LogitHead, cross_entropy_, find_logit_head
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
+from ardtrain.targets import find_sites
 from ardtrain.token_rows import PART, TokenRows
 from benchmarks.common import LiveBytes
 from tests.tiny import CPU, HeldOutBatches, TokenBatches, backbone_config, equal_bits, single_world, tiny_llama

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ardtrain.adapters import attach, attach_dense, bind_arena, dense_entries, first_dense
+from ardtrain.adapters import attach, bind_arena, first_dense
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import ModelSource, auto_class, find_sites, head_linears
+from ardtrain.backbones import ModelSource, auto_class
+from ardtrain.dense import attach_dense, dense_entries
 from ardtrain.fingerprint import weight_files
 from ardtrain.merged_files import Changes, Merger, make_plan
 from ardtrain.methods.lora import Lora
 from ardtrain.opening import open_model
 from ardtrain.ranks import RankTable
+from ardtrain.targets import find_sites, head_linears
 from tests.families import FAMILIES, build_model, inputs_of
 from tests.tiny import equal_bits
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ardtrain.adapters import bind_arena
-from ardtrain.backbones import ModelSource, load_image_processor, load_model, meta_model, never_run, tower_modules
+from ardtrain.backbones import ModelSource, load_image_processor, load_model, meta_model
 from ardtrain.config import ConfigError
 from ardtrain.methods.lora import Lora
 from ardtrain.planning.shapes import read_shapes
 from ardtrain.preflight import check_model, image_reader, make_method, open_data, prepare, tokenizer_of
 from ardtrain.rehearse import write_base
+from ardtrain.targets import never_run, tower_modules
 from tests.runs import write_run
 from tests.tiny import backbone_config, elalora, equal_bits, tiny_trainer, weights_digest
 from tests.tiny_paligemma import save_tiny_paligemma, tiny_paligemma, write_rows

@@ -7,7 +7,7 @@ from scipy.stats import norm
 
 from ardtrain.adapters import AdapterLinear, DoraLinear, attach, bind_arena, frozen_weight
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import ModelSource, base_linears, find_sites, meta_model, quantize_base
+from ardtrain.backbones import ModelSource, meta_model, quantize_base
 from ardtrain.engines import BackboneEngine
 from ardtrain.evaluation import token_loss_sum
 from ardtrain.methods.dora import Dora
@@ -28,6 +28,7 @@ from ardtrain.quantized import (
     quantize_nf4,
 )
 from ardtrain.ranks import RankTable
+from ardtrain.targets import base_linears, find_sites
 from tests.tiny import CPU, ELALORA, TokenBatches, backbone_config, equal_bits, tiny_llama
 
 formats = pytest.mark.parametrize("format", FORMATS)

@@ -8,13 +8,13 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from ardtrain.adapters import attach, bind_arena, drop_views, first_dense
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import find_sites
 from ardtrain.config import ConfigError, load_config
 from ardtrain.engines import BackboneEngine
 from ardtrain.export import compare_with_peft, peft_config, write_peft
 from ardtrain.methods.lora import Lora
 from ardtrain.preflight import check_model
 from ardtrain.ranks import RankTable
+from ardtrain.targets import find_sites
 from ardtrain.token_rows import PART, TokenRows, embedding_path, find_tokens, tied_output, token_entry
 from tests.runs import write_run
 from tests.tiny import CPU, backbone_config, equal_bits, save_tiny_llama, tiny_llama
