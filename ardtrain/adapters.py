@@ -407,7 +407,7 @@ def bind_probes(
     """
     other = "lora_A" if part == "lora_B" else "lora_B"
     columns = {"lora_A": [s.in_features for s in table.sites], "lora_B": [s.out_features for s in table.sites]}
-    modules = table.known_sites.modules
+    modules = table.sites.modules
     pieces = {
         name: torch.split(flat, [count * sum(columns[name][a:b]) for _, a, b in modules])
         for name, flat in ((part, leaf), (other, fixed))

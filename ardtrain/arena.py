@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ardtrain.ranks import Dense, Integers, RankTable, Site, named_seed
@@ -65,7 +66,7 @@ class ArenaLayout:
         self._row_starts: dict[str, Integers] = {}
         blocks: list[Block] = []
         offset = 0
-        for module, start, stop in table.known_sites.modules:
+        for module, start, stop in table.sites.modules:
             rows = table.offsets[stop] - table.offsets[start]
             if rows == 0:
                 continue
@@ -98,7 +99,7 @@ class ArenaLayout:
     @cached_property
     def site_ranks(self) -> dict[str, tuple[int, ...]]:
         """Module -> rank of each of its sites, heads in order."""
-        return {module: self.table.ranks[start:stop] for module, start, stop in self.table.known_sites.modules}
+        return {module: self.table.ranks[start:stop] for module, start, stop in self.table.sites.modules}
 
     def row_starts(self, part: str) -> Integers:
         """[R] where each component's row of this part begins; -1 for a component without that part."""
@@ -177,11 +178,20 @@ def sources(old: RankTable, new: RankTable) -> Tensor:
     assert old.sites == new.sites
     if not old.total:
         return torch.full((new.total,), -1, dtype=torch.int64)
-    span = max(*old.next_birth, *new.next_birth)
+    span = int(max(old.next_birth_array.max(), new.next_birth_array.max()))
     old_keys, new_keys = (t.owners * span + t.birth_array for t in (old, new))
     order = np.argsort(old_keys, kind="stable")
     at = np.minimum(np.searchsorted(old_keys, new_keys, sorter=order), old.total - 1)
     return torch.from_numpy(np.where(old_keys[order[at]] == new_keys, order[at], -1))
+
+
+def _moved(old: RankTable, new: RankTable) -> NDArray[np.bool_]:
+    """[S] bool: has the site other components than before, or in another order?"""
+    moved = old.rank_array != new.rank_array
+    before, after = (np.flatnonzero(~moved[t.owners]) for t in (old, new))  # components of the other sites
+    differ = old.birth_array[before] != new.birth_array[after]
+    moved[new.owners[after[differ]]] = True
+    return moved
 
 
 class Repacking:
@@ -196,10 +206,8 @@ class Repacking:
         self.source = sources(old.table, new.table)
         self._runs: list[tuple[int, int, int, bool]] = []  # start in new, in old, numbers, do both blocks end with it?
         self._gathers: list[tuple[Block, Block, Tensor, Tensor]] = []  # rows of new, rows of old
-        same = {site.module: True for site in new.table.sites}  # do all sites of the matrix keep their components?
-        for site, before, after in zip(new.table.sites, old.table.births, new.table.births, strict=True):
-            if before != after:
-                same[site.module] = False
+        moved = _moved(old.table, new.table)
+        same = {module: not moved[start:stop].any() for module, start, stop in new.table.sites.modules}
         earlier_blocks = {(b.module, b.part): b for b in old.all_blocks}
         for block in new.all_blocks:
             earlier = earlier_blocks.get((block.module, block.part))

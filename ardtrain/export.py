@@ -115,7 +115,7 @@ class Pairs:
         self._master, self._layout, self._heads, self._gates = master, layout, heads or {}, gates
         self._places: dict[str, tuple[int, int, int, int]] = {}  # sites from, to; its gates' first, gates a component
         taken, table = 0, layout.table
-        for module, start, stop in table.known_sites.modules:
+        for module, start, stop in table.sites.modules:
             cut = self._heads.get(module)
             width = cut.count if cut is not None and table.sites[start].head is None else 1
             self._places[module] = (start, stop, taken, width)

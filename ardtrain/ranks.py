@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain
+from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -92,64 +92,74 @@ class Dense:
         return (self.rows, self.columns) if self.shape is None else self.shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RankTable:
     """For each site the birth numbers of its components, in the order of their rows.
 
-    births: one tuple per site; next_birth: the number that the site's next newborn gets, so none is used twice.
+    rank_array: [S] components of each site; birth_array: [R] their birth numbers, site after site; next_birth_array:
+    [S] the number that the site's next newborn gets, so none is used twice. `ranks`, `births` and `next_birth` are the
+    same as tuples, one entry per site. Nobody writes into the arrays.
     """
 
-    sites: tuple[Site, ...]
-    births: tuple[tuple[int, ...], ...]
-    next_birth: tuple[int, ...]
+    sites: Sites
+    rank_array: Integers
+    birth_array: Integers
+    next_birth_array: Integers
 
     def __post_init__(self) -> None:
-        assert len(self.sites) == len(self.births) == len(self.next_birth)
-        if not isinstance(self.sites, Sites):
-            object.__setattr__(self, "sites", Sites(self.sites))
+        assert len(self.sites) == len(self.rank_array) == len(self.next_birth_array)
         births, owners = self.birth_array, self.owners
-        following = np.array(self.next_birth, np.int64)[owners]
-        known = bool(np.all((births >= 0) & (births < following)))
-        if known and _distinct(owners, births) and bool(np.all(self.rank_array <= self.known_sites.max_ranks)):
+        known = bool(np.all((births >= 0) & (births < self.next_birth_array[owners])))
+        if known and _distinct(owners, births) and bool(np.all(self.rank_array <= self.sites.max_ranks)):
             return
         for site, own, most in zip(self.sites, self.births, self.next_birth, strict=True):  # to name what is wrong
             assert len(set(own)) == len(own), f"{site.name}: a birth number twice"
             assert all(0 <= birth < most for birth in own), f"{site.name}: a birth number beyond next_birth"
             assert len(own) <= site.max_rank, f"{site.name}: rank {len(own)} > {site.max_rank}"
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RankTable):
+            return NotImplemented
+        ours, theirs = ((t.sites, t.births, t.next_birth) for t in (self, other))
+        return ours == theirs
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], births: Sequence[Sequence[int]], next_birth: Sequence[int]) -> RankTable:
+        """From one entry per site."""
+        known = sites if isinstance(sites, Sites) else Sites(sites)
+        return cls(known, *_counted(births), np.array(next_birth, np.int64))
+
     @classmethod
     def start(cls, sites: Sequence[Site], ranks: Sequence[int]) -> RankTable:
         """A first table: site i has components 0 .. ranks[i] - 1."""
-        return cls(tuple(sites), tuple(tuple(range(r)) for r in ranks), tuple(ranks))
+        return cls.of(sites, [range(r) for r in ranks], ranks)
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(len(b) for b in self.births)
+        return tuple(self.rank_array.tolist())
+
+    @cached_property
+    def births(self) -> tuple[tuple[int, ...], ...]:
+        numbers = self.birth_array.tolist()
+        return tuple(tuple(numbers[a:b]) for a, b in pairwise(self.offsets))
+
+    @cached_property
+    def next_birth(self) -> tuple[int, ...]:
+        return tuple(self.next_birth_array.tolist())
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Position of each site's first component in the list of all components, and the total at the end."""
-        return tuple(accumulate(self.ranks, initial=0))
+        return tuple(self.offset_array.tolist())
 
     @property
     def total(self) -> int:
-        return self.offsets[-1]
-
-    @property
-    def known_sites(self) -> Sites:
-        """`sites` with what follows from them."""
-        assert isinstance(self.sites, Sites)
-        return self.sites
-
-    @cached_property
-    def rank_array(self) -> Integers:
-        """[S] `ranks`."""
-        return np.array(self.ranks, np.int64)
+        return len(self.birth_array)
 
     @cached_property
     def offset_array(self) -> Integers:
         """[S + 1] `offsets`."""
-        return np.array(self.offsets, np.int64)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.rank_array)])
 
     @cached_property
     def owners(self) -> Integers:
@@ -162,15 +172,10 @@ class RankTable:
         return np.arange(self.total) - self.offset_array[self.owners]
 
     @cached_property
-    def birth_array(self) -> Integers:
-        """[R] `births`, in the order of the components."""
-        return _flat(self.births)
-
-    @cached_property
     def digest(self) -> str:
         """sha256 over sites, births and next births; equal tables have equal digests on every process."""
-        numbers = (self.rank_array, self.birth_array, np.array(self.next_birth, np.int64))
-        return _sha256_of_numbers(self.known_sites.digest, numbers)
+        numbers = (self.rank_array, self.birth_array, self.next_birth_array)
+        return _sha256_of_numbers(self.sites.digest, numbers)
 
     @property
     def first_digest(self) -> str:
@@ -215,11 +220,7 @@ class RankTable:
                 f"the checkpoint's sites differ from this run's ({odd}; {len(stored)} against {len(wanted)}): "
                 "target_modules and the model must be the ones the checkpoint was written with"
             )
-        return cls(
-            tuple(sites),
-            tuple(tuple(e["births"]) for e in data["sites"]),
-            tuple(int(e["next_birth"]) for e in data["sites"]),
-        )
+        return cls.of(sites, [e["births"] for e in data["sites"]], [int(e["next_birth"]) for e in data["sites"]])
 
 
 class SiteChange(NamedTuple):
@@ -313,19 +314,21 @@ class RankPlan:
             ValueError: as `check`.
         """
         self.check(table)
-        births, following = list(table.births), list(table.next_birth)
-        counts, places = self._arrays.keep
-        kept = table.birth_array[np.repeat(table.offset_array[self._arrays.sites], counts) + places].tolist()
-        stops = np.cumsum(counts)
-        starts = stops - counts
-        for (index, change), start, stop in zip(self._ordered, starts.tolist(), stops.tolist(), strict=True):
-            old, first, born = births[index], following[index], change.born
-            if born:
-                births[index] = (*kept[start:stop], *range(first, first + born))
-                following[index] = first + born
-            elif change.keep != positions(len(old)):
-                births[index] = tuple(kept[start:stop])
-        return RankTable(table.sites, tuple(births), tuple(following))
+        sites, born, (num_kept, kept), _, _ = self._arrays
+        changed = np.zeros(len(table.sites), bool)
+        changed[sites] = True
+        stay, following = table.rank_array.copy(), table.next_birth_array.copy()  # [S]
+        stay[sites] = num_kept
+        following[sites] += born
+        ranks = stay.copy()
+        ranks[sites] += born
+        owners = np.repeat(np.arange(len(ranks)), ranks)
+        places = np.arange(len(owners)) - np.repeat(np.cumsum(ranks) - ranks, ranks)
+        births = (table.next_birth_array - stay)[owners] + places  # of the newborn
+        survives = places < stay[owners]
+        births[survives & ~changed[owners]] = table.birth_array[~changed[table.owners]]
+        births[survives & changed[owners]] = table.birth_array[np.repeat(table.offset_array[sites], num_kept) + kept]
+        return RankTable(table.sites, ranks, births, following)
 
     def check(self, table: RankTable) -> None:
         """Raises ValueError: the plan was made for another table, or breaks a rule of one site."""
@@ -334,7 +337,7 @@ class RankPlan:
                 f"plan made for table {self.table_digest[:12]}, applied to {table.digest[:12]}: plan again"
             )
         sites, born, *named = self._arrays
-        ranks, most = table.rank_array[sites], table.known_sites.max_ranks[sites]
+        ranks, most = table.rank_array[sites], table.sites.max_ranks[sites]
         kept, _ = self._arrays.keep
         fine = all(_all_below(counts, places, ranks) for counts, places in named)
         if fine and bool(np.all((born >= 0) & (kept + born <= most))):
@@ -408,13 +411,10 @@ def _sha256_of_numbers(head: bytes, arrays: Iterable[NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _flat(tuples: Iterable[tuple[int, ...]]) -> Integers:
-    return np.fromiter(chain.from_iterable(tuples), np.int64)
-
-
-def _counted(tuples: Sequence[tuple[int, ...]]) -> tuple[Integers, Integers]:
-    """The lengths of the tuples, and all their numbers in a row."""
-    return np.fromiter(map(len, tuples), np.int64, len(tuples)), _flat(tuples)
+def _counted(rows: Sequence[Sequence[int]]) -> tuple[Integers, Integers]:
+    """The lengths of the rows, and all their numbers in a row."""
+    counts = np.fromiter(map(len, rows), np.int64, len(rows))
+    return counts, np.fromiter(chain.from_iterable(rows), np.int64, int(counts.sum()))
 
 
 def _distinct(owners: Integers, values: Integers) -> bool:

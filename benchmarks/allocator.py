@@ -89,7 +89,7 @@ def one(name, table, repeats):
     generator = torch.Generator().manual_seed(0)
     parts = {"plan": [], "cpu": [], "layout": [], "record": []}
     for _ in range(repeats):
-        fresh = RankTable(table.sites, table.births, table.next_birth)
+        fresh = RankTable.of(table.sites, table.births, table.next_birth)
         assert fresh.digest  # the run has it from the event before
         method = methods(fresh)[name]
         layout = bound(method, fresh, generator)

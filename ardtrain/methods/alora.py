@@ -141,7 +141,7 @@ def _grown(table: RankTable, scores: NDArray[np.float64], pruned: Integers, *, r
     takers = np.flatnonzero(may_grow)
     averages = np.array(_averages(table, scores.tolist(), takers.tolist()))
     takers = takers[np.argsort(-averages, kind="stable")]
-    return list(islice(_in_turns(takers, table.known_sites.max_ranks - table.rank_array), len(pruned)))
+    return list(islice(_in_turns(takers, table.sites.max_ranks - table.rank_array), len(pruned)))
 
 
 def _averages(table: RankTable, scores: Sequence[float], sites: Sequence[int]) -> list[float]:

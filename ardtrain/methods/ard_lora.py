@@ -381,42 +381,48 @@ class ArdLora(FixedRank):
         outside[:] = np.where(np.repeat(wanted != ranks, heads), outside + 1, 0.0)
         moved = (wanted != ranks) & (first | (outside[slots.firsts] >= CHECKS))
         outside[np.repeat(moved, heads)] = 0.0
-        chosen = np.flatnonzero(moved)
         single = moved & (heads == 1)
-        gates_of, scores_of = values[np.repeat(single, ranks * heads)], scores.numpy()[np.repeat(single, ranks)]
-        sorted_ones = sorted_components(gates_of, scores_of, ranks[single])
-        orders = dict(zip(sites[single].tolist(), sorted_ones, strict=True))
-        changes = {}
-        born = np.maximum(0, wanted - ranks)
-        for site, rank, target, new in np.stack([sites, ranks, wanted, born], axis=1)[chosen].tolist():
-            order, fold = orders[site] if site in orders else (positions(rank), ())
-            changes[site] = SiteChange(order[:target], new, (), fold)
-        return changes
+        sortable = np.repeat(single, ranks)
+        order, of_single = sorted_components(
+            values[np.repeat(single, ranks * heads)], scores.numpy()[sortable], ranks[single]
+        )
+        folds = {int(site): fold for site, fold in zip(sites[single][list(of_single)], of_single.values(), strict=True)}
+        places = table.places.copy()
+        places[sortable] = order
+        rows = places.tolist()
+        starts = table.offset_array[sites]
+        columns = (sites, starts, starts + np.minimum(ranks, wanted), np.maximum(0, wanted - ranks))
+        return {
+            site: SiteChange(tuple(rows[start:stop]), born, (), folds.get(site, ()))
+            for site, start, stop, born in np.stack(columns, axis=1)[moved].tolist()
+        }
 
     def _frozen_changes(self, final: Sequence[int], gates: Tensor) -> dict[int, SiteChange]:
         """Each unit's final rank; gates become factors of B (of A where heads share B)."""
         slots, table = self._slots, self.binding.table
         wanted = np.maximum.reduceat(np.array(final, np.int64), slots.firsts)
         values = gates.numpy()
-        # Components that stay and have a gate to fold; in ascending order.
-        folded = np.unique(slots.component[values != 1.0])
         by_site = np.zeros(len(table.sites), np.int64)
         by_site[slots.sites] = wanted
-        folded = folded[table.places[folded] < by_site[table.owners[folded]]]
-        folds: dict[int, list[tuple[int, str, tuple[float, ...]]]] = {}
+        ranks = table.rank_array[slots.sites]
+        # Components that stay and have a gate to fold; in ascending order.
+        foldable = np.zeros(table.total, bool)
+        foldable[slots.component[values != 1.0]] = True
+        folded = np.flatnonzero(foldable & (table.places < by_site[table.owners]))
+        owners, places = table.owners[folded], table.places[folded]
+        starts, stops = (np.searchsorted(slots.component, folded, side) for side in ("left", "right"))  # its gates
+        folds: dict[int, Folds] = {}
         numbers = values.tolist()
-        for site, position in zip(table.owners[folded].tolist(), table.places[folded].tolist(), strict=True):
-            unit = self.units[slots.unit_of[site]]
-            count = slots.heads_of[site]
-            gate = slots.gate_of[site] + position * count
-            folds.setdefault(site, []).append((position, unit.folds, tuple(numbers[gate : gate + count])))
-        changes = {}
-        for site, target in zip(slots.sites.tolist(), wanted.tolist(), strict=True):
-            rank = table.ranks[site]
-            if target != rank or site in folds:
-                keep = positions(min(rank, target))
-                changes[site] = SiteChange(keep, born=max(0, target - rank), fold=tuple(folds.get(site, ())))
-        return changes
+        gates_of = np.stack([owners, places, slots.unit.numpy()[starts], starts, stops], axis=1)
+        for site, position, unit, start, stop in gates_of.tolist():
+            own = (position, self.units[unit].folds, tuple(numbers[start:stop]))
+            folds[site] = (*folds.get(site, ()), own)
+        changed = (wanted != ranks) | np.isin(slots.sites, owners)
+        columns = (slots.sites, np.minimum(ranks, wanted), np.maximum(0, wanted - ranks))
+        return {
+            site: SiteChange(positions(kept), born, (), folds.get(site, ()))
+            for site, kept, born in np.stack(columns, axis=1)[changed].tolist()
+        }
 
     def _all_open(self) -> bool:
         return bool((self._slots.capacity == self._r0).all())
@@ -529,8 +535,7 @@ class Slots:
     """Where the gates stand, in table order: unit [G], place within the unit [G], component [G].
 
     capacity: [U] float64, components of each unit's site. sites: those with units; firsts, heads: the first unit and
-    the number of units of each of them. gate_of, unit_of, heads_of: site -> its first gate, first unit, its units.
-    shared: do heads share components anywhere?
+    the number of units of each of them. shared: do heads share components anywhere?
     """
 
     unit: Tensor
@@ -540,9 +545,6 @@ class Slots:
     sites: Integers
     firsts: Integers
     heads: Integers
-    gate_of: Mapping[int, int]
-    unit_of: Mapping[int, int]
-    heads_of: Mapping[int, int]
     shared: bool
 
 
@@ -555,7 +557,6 @@ def make_slots(units: Sequence[Unit], table: RankTable) -> Slots:
     first_gates = np.cumsum(ranks * heads) - ranks * heads
     within = np.arange(len(component)) - np.repeat(first_gates, ranks * heads)
     head = within % np.repeat(heads, ranks * heads)
-    keys = sites.tolist()
     return Slots(
         unit=torch.from_numpy(np.repeat(firsts, ranks * heads) + head),
         place=torch.from_numpy(within // np.repeat(heads, ranks * heads)),
@@ -564,9 +565,6 @@ def make_slots(units: Sequence[Unit], table: RankTable) -> Slots:
         sites=sites,
         firsts=firsts,
         heads=heads,
-        gate_of=dict(zip(keys, first_gates.tolist(), strict=True)),
-        unit_of=dict(zip(keys, firsts.tolist(), strict=True)),
-        heads_of=dict(zip(keys, heads.tolist(), strict=True)),
         shared=bool((heads > 1).any()),
     )
 
@@ -599,8 +597,8 @@ def bucket(need: int, capacities: tuple[int, ...] | None, most: int) -> int:
 
 def sorted_components(
     gates: NDArray[np.float64], scores: NDArray[np.float64], ranks: Integers
-) -> list[tuple[tuple[int, ...], Folds]]:
-    """Of each unit its components by contribution, largest first, and the factors that keep the function (H10).
+) -> tuple[Integers, dict[int, Folds]]:
+    """[n] of each unit its components by contribution, largest first; by unit the factors that keep the function (H10).
 
     Open components only; with one half-open gate its factor is folded into the row that leaves the boundary and taken
     out of the row that comes to it. Nothing moves where that factor would be below MIN_GATE_TO_SORT, or where several
@@ -624,15 +622,12 @@ def sorted_components(
     key[stays[unit]] = 0.0
     order = place[sorted_within(key, starts, ranks, place)]
     leaves, comes = (np.append(numbers, -1)[boundary] for numbers in (place, order))
-    folds = ((num_half == 1) & ~stays & (comes != leaves)).tolist()
-    rows = order.tolist()
-    out: list[tuple[tuple[int, ...], Folds]] = []
-    for start, end, fold, gate, left, came in zip(
-        starts.tolist(), ends.tolist(), folds, factors.tolist(), leaves.tolist(), comes.tolist(), strict=True
-    ):
-        own = ((left, "lora_B", (gate,)), (came, "lora_B", (1.0 / gate,))) if fold else ()
-        out.append((tuple(rows[start:end]), own))
-    return out
+    folded = np.flatnonzero((num_half == 1) & ~stays & (comes != leaves))
+    columns = (numbers[folded].tolist() for numbers in (leaves, comes, factors))
+    return order, {
+        unit: ((left, "lora_B", (gate,)), (came, "lora_B", (1.0 / gate,)))
+        for unit, left, came, gate in zip(folded.tolist(), *columns, strict=True)
+    }
 
 
 def sorted_within(keys: NDArray[np.float64], starts: Integers, counts: Integers, place: Integers) -> Integers:
@@ -675,7 +670,10 @@ def project(
     low, high = -max(ranks) - 1.0, max(1.0, target)
     for _ in range(100):
         middle = (low + high) / 2
+        exhausted = middle in (low, high)
         low, high = (middle, high) if cost(whole(middle)) <= target + 1e-9 else (low, middle)
+        if exhausted:  # no number lies between them
+            break
     shifted = whole(low)
     left = target - cost(shifted)
     by_fraction = np.argsort(-(values + low - shifted), kind="stable").tolist()

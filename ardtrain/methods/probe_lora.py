@@ -172,7 +172,7 @@ def exchange(
     leaving = ordered[: n + (int(np.searchsorted(beyond, over)) + 1 if over > 0 else 0)].tolist()
     ranks = table.rank_array.copy()
     np.subtract.at(ranks, table.owners[leaving], 1)
-    most = table.known_sites.max_ranks
+    most = table.sites.max_ranks
     room = limit - int(price @ ranks)
     grown: list[int] = []
     lowest = 0.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ardtrain.ranks import Integers, RankPlan, RankTable, SiteChange
+from ardtrain.ranks import Integers, RankPlan, RankTable, SiteChange, Sites
 
 
 class Part(NamedTuple):
@@ -25,12 +25,14 @@ def parts_of(table: RankTable) -> list[Part]:
     out = []
     for tower in dict.fromkeys(towers.tolist()):
         sites = np.flatnonzero(towers == tower)
+        components = np.flatnonzero(towers[table.owners] == tower)
         own = RankTable(
-            tuple(table.sites[i] for i in sites),
-            tuple(table.births[i] for i in sites),
-            tuple(table.next_birth[i] for i in sites),
+            Sites(table.sites[i] for i in sites),
+            table.rank_array[sites],
+            table.birth_array[components],
+            table.next_birth_array[sites],
         )
-        out.append(Part(tower, sites, np.flatnonzero(towers[table.owners] == tower), own))
+        out.append(Part(tower, sites, components, own))
     return out
 
 

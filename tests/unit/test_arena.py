@@ -402,5 +402,5 @@ def test_shards_are_of_about_equal_size():
 def test_a_table_without_sites_has_an_empty_layout():
     """Full fine-tuning's."""
     table = RankTable.start((), ())
-    assert table.known_sites.modules == ()
+    assert table.sites.modules == ()
     assert ArenaLayout(table, lambda site: {}).num_trained == 0

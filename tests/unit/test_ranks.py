@@ -44,7 +44,7 @@ def test_newborn_get_numbers_that_were_never_used():
 )
 def test_table_keeps_its_invariants(births, following, text):
     with pytest.raises(AssertionError, match=text):
-        RankTable(tuple(SITES), births, following)
+        RankTable.of(SITES, births, following)
 
 
 def test_plan_is_valid_against_exactly_one_table():
@@ -102,10 +102,10 @@ def test_table_digest_tells_every_difference():
     t = table(2, 1, 3)
     others = [
         table(2, 1, 2),
-        RankTable(t.sites, ((1, 0), (0,), (0, 1, 2)), t.next_birth),
-        RankTable(t.sites, t.births, (3, 1, 3)),
+        RankTable.of(t.sites, ((1, 0), (0,), (0, 1, 2)), t.next_birth),
+        RankTable.of(t.sites, t.births, (3, 1, 3)),
         *(
-            RankTable((replace(SITES[0], **change), *SITES[1:]), t.births, t.next_birth)
+            RankTable.of((replace(SITES[0], **change), *SITES[1:]), t.births, t.next_birth)
             for change in ({"name": "x"}, {"in_features": 5}, {"out_features": 4}, {"scaling": 2.0000000000000004})
         ),
     ]
