@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ardtrain.arena import ArenaLayout
 from ardtrain.quantized import Format, Packing, quantize_modules, unshared
 from ardtrain.ranks import named_seed
+from ardtrain.reasons import first_line, no_source
 from ardtrain.targets import IMAGE_MODELS, base_linears, head_linears, tower_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,8 +58,9 @@ def load_config(source: ModelSource) -> Any:
         return AutoConfig.from_pretrained(source.name_or_path, **source.hub_arguments())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path={source.name_or_path!r} holds no model config ({_first_line(error)}); give a folder "
-            "with config.json, or a hub id that this machine can reach"
+            f"model_name_or_path={source.name_or_path!r} holds no model config "
+            f"({no_source(source.name_or_path, error)}); give a folder with config.json, or a hub id that this machine "
+            "can reach"
         ) from error
 
 
@@ -77,7 +79,7 @@ def meta_model(source: ModelSource, *, num_labels: int | None = None) -> PreTrai
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=source.trust_remote_code)
         except ValueError as error:
             raise ValueError(
-                f"model_name_or_path={source.name_or_path!r} has no form for this task ({_first_line(error)}); choose "
+                f"model_name_or_path={source.name_or_path!r} has no form for this task ({first_line(error)}); choose "
                 "another model or task"
             ) from error
     return model
@@ -140,7 +142,7 @@ def load_model(
             model = _load_classifier(source, arguments, num_labels, label_names)
     except OSError as error:
         raise ValueError(
-            f"model_name_or_path={source.name_or_path!r}: weights could not be loaded ({_first_line(error)}); "
+            f"model_name_or_path={source.name_or_path!r}: weights could not be loaded ({first_line(error)}); "
             "safetensors files are needed"
         ) from error
     if num_labels is not None:
@@ -258,9 +260,9 @@ def load_tokenizer(source: ModelSource, tokenizer_name_or_path: str | None = Non
     name = tokenizer_name_or_path or source.name_or_path
     try:
         return AutoTokenizer.from_pretrained(name, **source.hub_arguments())
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # TypeError: a JSON file that holds no object
         raise ValueError(
-            f"tokenizer_name_or_path={name!r} holds no tokenizer ({_first_line(error)}); give the folder or hub id "
+            f"tokenizer_name_or_path={name!r} holds no tokenizer ({no_source(name, error)}); give the folder or hub id "
             "that has tokenizer.json or tokenizer.model"
         ) from error
 
@@ -275,8 +277,9 @@ def load_image_processor(source: ModelSource) -> Any:
         return AutoImageProcessor.from_pretrained(source.name_or_path, backend="pil", **source.hub_arguments())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path={source.name_or_path!r} holds no image processor ({_first_line(error)}); give a "
-            "folder with preprocessor_config.json, or a hub id that this machine can reach"
+            f"model_name_or_path={source.name_or_path!r} holds no image processor "
+            f"({no_source(source.name_or_path, error)}); give a folder with preprocessor_config.json, or a hub id that "
+            "this machine can reach"
         ) from error
 
 
@@ -333,7 +336,3 @@ def tower_text(layout: ArenaLayout) -> str:
         for tower in towers
     ]
     return ", ".join(each) if len(each) > 1 else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ardtrain.reasons import first_line
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 HUB = "hub:"
 _HUB_FORM = re.compile(r"hub:(?P<name>[^:@]+)(?:@(?P<revision>[^:@]+))?(?::(?P<split>.+))?")
@@ -141,7 +143,7 @@ def commit_of(source: HubSource) -> str:
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         raise ValueError(
             f"data set {source.name!r} of the hub: which commit {source.revision or 'main'!r} is cannot be asked "
-            f"({_reason(error)}); where there is no network, run `ardtrain fetch` on a node that has it and pin the "
+            f"({first_line(error)}); where there is no network, run `ardtrain fetch` on a node that has it and pin the "
             f"commit it prints: hub:{source.name}@COMMIT:{source.split}"
         ) from None
 
@@ -202,7 +204,7 @@ def _parquet_batches(path: str) -> Iterator[list[dict[str, Any]]]:
             for batch in file.iter_batches(_ROWS_A_BATCH):
                 yield batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(path, None, f"the Parquet file is damaged ({_reason(error)})", "replace the file") from error
+        raise DataError(path, None, f"the Parquet file is damaged ({first_line(error)})", "replace the file") from error
 
 
 def _hub_batches(path: str) -> Iterator[list[dict[str, Any]]]:
@@ -224,9 +226,9 @@ def load_hub(source: HubSource) -> Any:
         table = datasets.load_dataset(source.name, source.config, split=source.split, revision=commit)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"data set {source.name!r}, split {source.split!r}, could not be loaded ({_reason(error)}); check the name "
-            "and the split, the network and HF_TOKEN. Where there is no network, run `ardtrain fetch` ahead with the "
-            "same cache folders (HF_HOME, ARDTRAIN_CACHE), and pin the commit"
+            f"data set {source.name!r}, split {source.split!r}, could not be loaded ({first_line(error)}); check the "
+            "name and the split, the network and HF_TOKEN. Where there is no network, run `ardtrain fetch` ahead with "
+            "the same cache folders (HF_HOME, ARDTRAIN_CACHE), and pin the commit"
         ) from error
     held = {m[1] for name in table.download_checksums or {} if (m := re.search(r"@([0-9a-f]{40})/", str(name)))}
     if commit is not None and held - {commit}:
@@ -235,8 +237,3 @@ def load_hub(source: HubSource) -> Any:
             f"{commit}, which cannot be reached; run `ardtrain fetch` where there is a network"
         )
     return table
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what a library says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -43,6 +43,7 @@ from ardtrain.backbones import gathered_whole
 from ardtrain.engines_filling import fill
 from ardtrain.full_shards import MASTER, MOMENTS, Shards, read_shards
 from ardtrain.loading import Weights
+from ardtrain.reasons import first_line
 
 FULL_NEEDS = (
     0,
@@ -398,11 +399,11 @@ def read_zero(folder: Path, *, allow_pickle: bool) -> tuple[FullState, dict[str,
                 return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{path} holds more than tensors and plain values ({str(error).splitlines()[0]}); allow_pickle=true "
+                f"{path} holds more than tensors and plain values ({first_line(error)}); allow_pickle=true "
                 "reads it, and lets the file run code: only for files you trust"
             ) from error
         except (OSError, RuntimeError, EOFError, KeyError) as error:
-            raise ValueError(f"{path} is missing or damaged ({str(error).splitlines()[0]})") from error
+            raise ValueError(f"{path} is missing or damaged ({first_line(error)})") from error
 
     states = load(folder / "mp_rank_00_model_states.pt")
     universal = folder / "zero" / "flat"

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from ardtrain.config import ConfigError, load_config
+from ardtrain.reasons import no_source
 
 # No second copy of the weights in another format, and no pickles, which are never read.
 IGNORED = (
@@ -85,10 +86,9 @@ def _fetched(name: str, revision: str | None) -> str:
         folder = snapshot_download(name, revision=revision, ignore_patterns=list(IGNORED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         offline = " HF_HUB_OFFLINE is set;" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            [f"{name}: not fetched ({reason});{offline} check the name, the network and HF_TOKEN, then say it again: "
-             "it goes on where it stopped"]
+            [f"{name}: not fetched ({no_source(name, error)});{offline} check the name, the network and HF_TOKEN, then "
+             "say it again: it goes on where it stopped"]
         ) from None  # fmt: skip
     pinned = Path(folder).name
     return f"{folder}" + (f"; to pin it: revision: {pinned}" if revision != pinned else "")

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from ardtrain.reasons import no_source
+
 NUM_RANGES = 64
 RANGE_BYTES = 1 << 18
 LARGEST_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -69,10 +71,9 @@ def hub_weight_files(name_or_path: str, revision: str | None = None) -> list[Pat
         for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
             fetch(name, needed=True)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"model_name_or_path={name_or_path!r}: no safetensors weights could be had ({text}); give a folder, or a "
-            "hub id that this machine can reach"
+            f"model_name_or_path={name_or_path!r}: no safetensors weights could be had "
+            f"({no_source(name_or_path, error)}); give a folder, or a hub id that this machine can reach"
         ) from error
     return weight_files(index.parent)
 

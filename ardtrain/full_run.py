@@ -15,6 +15,7 @@ from ardtrain.backbones import enable_checkpointing
 from ardtrain.checkpoint import saving
 from ardtrain.config import ConfigError
 from ardtrain.engines import FullEngine, FullState
+from ardtrain.evaluating.request import FULL_MODEL
 from ardtrain.faults import StopCode
 from ardtrain.full import FullTrainer, write_model
 from ardtrain.preflight import Prepared
@@ -131,7 +132,7 @@ class FullRun(Session):
             logger.error("checkpoint-%d was not saved: %s; the run goes on", step, saving.reason(error))
 
     def end(self, code: StopCode) -> None:
-        final = self.run_dir / "model"
+        final = self.run_dir / FULL_MODEL
         self.watchdog.touch(EXPORT_SECONDS)
         if code is StopCode.NONE:
             weights = self.engine.full_state_dict()

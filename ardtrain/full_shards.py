@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ardtrain.reasons import first_line
+
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")  # DeepSpeed's names of what fp16 carries on
@@ -96,7 +98,7 @@ def _load(folder: Path, pattern: str) -> Any:
     try:
         return torch.load(paths[0], map_location="cpu", weights_only=False, mmap=True)
     except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{paths[0]} is damaged ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{paths[0]} is damaged ({first_line(error)})") from error
 
 
 def _base(part: Mapping[str, Any]) -> Mapping[int, Mapping[str, Any]]:

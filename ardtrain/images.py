@@ -25,6 +25,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ardtrain.reasons import first_line
+
 IMAGE_TOKEN = "<image>"
 PLAIN_TOKENS = re.compile(r"<loc\d{4}>|<seg\d{3}>")  # of detection and segmentation answers
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
@@ -203,9 +205,8 @@ def decode(data: bytes, path: str = "") -> Image.Image:
                 image.load()
                 return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"the file {path!r} holds" if path else "its bytes hold"
-        raise BadImageError(f"{what} no whole picture ({reason})") from error
+        raise BadImageError(f"{what} no whole picture ({first_line(error)})") from error
 
 
 def _read(path: str, folder: str) -> bytes:

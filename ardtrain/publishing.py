@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ardtrain.config import ConfigError
+from ardtrain.reasons import first_line
 
 _REPO = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}")
 
@@ -27,7 +28,7 @@ def check_hub(repo: str) -> None:
     except Exception as error:  # of the network, the token, the hub: all the user's to solve
         raise ConfigError(
             [
-                f"--push-to-hub {repo}: the hub does not know you ({_first_line(error)}); log in with `hf auth login`, "
+                f"--push-to-hub {repo}: the hub does not know you ({first_line(error)}); log in with `hf auth login`, "
                 "or set HF_TOKEN, on a machine that reaches the hub"
             ]
         ) from error
@@ -49,10 +50,6 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, repo_type="model", commit_message=message)
     except Exception as error:
         raise ConfigError(
-            [f"--push-to-hub {repo}: {_first_line(error)}; {folder} is complete, upload it with `hf upload {repo}`"]
+            [f"--push-to-hub {repo}: {first_line(error)}; {folder} is complete, upload it with `hf upload {repo}`"]
         ) from error
     return str(address)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,6 +22,7 @@ from ardtrain.config import ConfigError, RunConfig
 from ardtrain.environment import ProcessIdentity, discover
 from ardtrain.environment import export as export_identity
 from ardtrain.evaluating.answers import check_answers
+from ardtrain.evaluating.request import FULL_MODEL
 from ardtrain.faults import (
     EXIT_PEER_FAILED,
     StopRequest,
@@ -35,13 +36,16 @@ from ardtrain.faults import (
 from ardtrain.folder_lock import sole_user
 from ardtrain.full_run import FullRun
 from ardtrain.launching.job import REHEARSAL
-from ardtrain.observe import ProcessLog, Startup, start_logging
+from ardtrain.observe import RECORDS, ProcessLog, Startup, start_logging
 from ardtrain.opening import verify_base
 from ardtrain.preflight import prepare
 from ardtrain.rehearse import rehearsal_config, rehearse
+from ardtrain.run_info import RUN_INFO_FILE
 from ardtrain.session import Session, Surroundings, logger
 from ardtrain.trackers import check_trackers
 
+FILES = (*RECORDS, "config.yaml", "status", "status.json", RUN_INFO_FILE)  # of a run's folder, which it writes by name
+FOLDERS = ("adapter", FULL_MODEL)  # likewise
 ENDING_SECONDS = 5.0  # that an earlier start of the same run may take to end
 LOST_HOST_SECONDS = 120.0  # in which an NFS server lets go of the locks of a host that was lost
 LOADING_SECONDS = 4 * 3600.0  # the watchdog's patience before the first step: 70B from a slow disk takes its time
@@ -70,6 +74,28 @@ def refuse_used_folder(config: RunConfig) -> None:
                 "resume_from_checkpoint=auto, or choose another output_dir"
             ]
         )
+
+
+def refuse_misplaced(config: RunConfig) -> None:
+    """What stands in the run's folder under a name of a run's must be of its kind, or the run would end at it, late.
+
+    Raises:
+        ConfigError: a folder is in a file's place, a file in a folder's, or a file cannot be written.
+    """
+    errors = []
+    for name, is_file in (*((name, True) for name in FILES), *((name, False) for name in FOLDERS)):
+        path = Path(config.output_dir, name)
+        if not path.exists():
+            continue
+        wrong = ""
+        if not (path.is_file() if is_file else path.is_dir()):
+            wrong = f"is no {'file' if is_file else 'folder'}, and a run writes one there"
+        elif not os.access(path, os.R_OK | os.W_OK):
+            wrong = "cannot be read and written"
+        if wrong:
+            errors.append(f"output_dir={config.output_dir}: {name} {wrong}; move it away, or choose another output_dir")
+    if errors:
+        raise ConfigError(errors)
 
 
 def validate(path: str | Path, overrides: Sequence[str], *, verify: bool = False) -> str:
@@ -115,6 +141,7 @@ def train(path: str | Path, overrides: Sequence[str], *, rehearsal: bool = False
         rehearsal_config(config, world_size=identity.world_size)  # refuses what cannot be rehearsed
     else:
         refuse_used_folder(config)
+        refuse_misplaced(config)
     run_dir = Path(config.output_dir, REHEARSAL) if rehearsal else Path(config.output_dir)
 
     def body(process: Process, around: Surroundings) -> None:

@@ -91,7 +91,7 @@ def stop(arguments: Sequence[str]) -> int:
         print(f"{folder}: {state_text(view)}; its job{job} may wait in a queue: cancel it there")
         return 1
     if not view.alive:
-        request.unlink(missing_ok=True)  # it would stop the next start at once
+        _remove(request)  # it would stop the next start at once
         print(f"{folder} is not running: {state_text(view)}")
         return 0 if view.state in ("stopped", "finished") else 1
     try:
@@ -108,9 +108,19 @@ def stop(arguments: Sequence[str]) -> int:
     if view.alive:
         print(f"{folder} has not stopped after {wait_seconds:g} s, at step {view.step}; the request stands")
         return 1
-    request.unlink(missing_ok=True)  # it ended before it saw the file
+    _remove(request)  # it ended before it saw the file
     print(f"{folder}: {state_text(view)}")
     return 0 if view.state in ("stopped", "finished") else 1
+
+
+def _remove(request: Path) -> None:
+    """Raises ConfigError: it cannot be removed, or is no file."""
+    try:
+        request.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            [f"{request}: cannot be removed ({error.strerror}), and stops each start; remove it"]
+        ) from error
 
 
 def _stop_arguments(arguments: Sequence[str]) -> tuple[str, float | None]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from ardtrain.doctor.finding import Finding, Trouble
+from ardtrain.reasons import first_line
 
 POLL_SECONDS = 0.05
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class Board:
         return found[process]
 
     def _gone(self, error: RuntimeError) -> Trouble:
-        what = f"process 0's store is gone ({str(error).splitlines()[0][:120]})"
+        what = f"process 0's store is gone ({first_line(error)[:120]})"
         return Trouble(
             Finding("fail", self._host, what, "process 0 ended, or its host is cut off: look at process 0's own output")
         )

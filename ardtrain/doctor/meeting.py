@@ -25,6 +25,7 @@ from ardtrain.doctor.needs import Needs
 from ardtrain.doctor.reduce import reduce_once, remedy_of, with_names
 from ardtrain.environment import ProcessIdentity
 from ardtrain.hostfile import expand_nodelist
+from ardtrain.reasons import first_line
 
 SPARE_SECONDS = 3.0
 ARRIVAL_FRACTION = 0.6  # of the limit is for all to come, the rest for the tests
@@ -110,7 +111,7 @@ def _enter(identity: ProcessIdentity, host: str, *, deadline: float, seconds: fl
             lambda: open_store(name, port, hosts_store=first, name="doctor", timeout_seconds=limit), seconds=limit
         )
     except (RuntimeError, TimeoutError) as error:
-        text = (str(error).splitlines() or ["it says nothing"])[0][:160]
+        text = first_line(error)[:160]
         if first:
             remedy = f"another program (an earlier run?) holds port {port} here: end it, or set another MASTER_PORT"
             raise Trouble(Finding("fail", host, f"{where}: no store can be opened ({text})", remedy)) from error

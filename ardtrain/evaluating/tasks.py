@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ardtrain.collectives import World
 from ardtrain.config import ConfigError
 from ardtrain.evaluating.intervals import Figure
+from ardtrain.reasons import first_line
 
 logger = logging.getLogger("ardtrain")
 
@@ -72,11 +73,10 @@ def _load_data(manager: Any, names: Sequence[str]) -> None:
         try:
             manager.load([name])
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 [
-                    f"--tasks: the rows of {name} cannot be loaded ({reason}); correct the task's file, or fill the "
-                    "datasets library's cache (HF_HOME) where there is a network"
+                    f"--tasks: the rows of {name} cannot be loaded ({first_line(error)}); correct the task's file, or "
+                    "fill the datasets library's cache (HF_HOME) where there is a network"
                 ]
             ) from error
 

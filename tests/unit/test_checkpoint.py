@@ -504,15 +504,3 @@ def test_an_unwritable_folder_is_found_before_the_first_step(tmp_path, monkeypat
             with pytest.raises(CheckpointError, match="cannot be written .Read-only file system"):
                 checkpoint.check_writable(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_new_run_is_refused_in_a_folder_that_holds_another(tmp_path):
-    from ardtrain.config import ConfigError, parse_config
-    from ardtrain.run import refuse_used_folder
-
-    raw = {"model_name_or_path": "m", "method": "lora", "output_dir": str(tmp_path), "data": {"train_file": "a.jsonl"}}
-    refuse_used_folder(parse_config(raw))
-    (tmp_path / "latest").write_text("checkpoint-30\n")
-    with pytest.raises(ConfigError, match=r"holds an earlier run \(checkpoint-30\); go on with it by resume_from"):
-        refuse_used_folder(parse_config(raw))
-    refuse_used_folder(parse_config(raw | {"resume_from_checkpoint": "auto"}))

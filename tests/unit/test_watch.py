@@ -240,6 +240,13 @@ def test_mistakes_have_a_line_and_exit_code_2(tmp_path, capsys, monkeypatch, arg
     assert not (tmp_path / "run" / "STOP").exists()
 
 
+def test_a_request_that_cannot_be_removed_is_told(tmp_path, capsys):
+    write_run(tmp_path / "run", state="finished")
+    (tmp_path / "run" / "STOP").mkdir()
+    assert main(["stop", str(tmp_path / "run")]) == 2
+    assert "STOP: cannot be removed (Is a directory), and stops each start; remove it" in capsys.readouterr().err
+
+
 def test_status_starts_without_torch(tmp_path):
     write_run(tmp_path / "run")
     code = "import sys; from ardtrain.cli import main; code = main(['status', sys.argv[1]])\n"
