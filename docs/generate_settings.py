@@ -23,7 +23,7 @@ TITLES = {"": "Top level", "targets.*": "Block `targets.<tower>`", "data.sources
 SECTIONS = [(block, TITLES.get(block, f"Block `{block}`"), model) for block, model in BLOCKS.items()]
 HEAD = """# Settings
 
-Generated from ardtrain/config/models.py by `python docs/generate_settings.py`; a test keeps it up to date.
+Generated from ardtrain/config/ by `python docs/generate_settings.py`; a test keeps it up to date.
 One YAML file holds all; `a.b=c` on the command line goes over it. Unknown names are refused with the nearest known
 one. "From others" is a default that follows from other settings. Under "Also" stand other trainers' names for the same
 setting, accepted in its place.

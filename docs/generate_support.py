@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ardtrain.config.models import METHODS
+from ardtrain.config.methods import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "support_matrix.md"

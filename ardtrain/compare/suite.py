@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from ardtrain.config import ALIASES, ConfigError, RunConfig, parse_config
 from ardtrain.config.block import Block
-from ardtrain.config.models import Method
+from ardtrain.config.methods import Method
 from ardtrain.config.text import merged, parse_overrides, read_yaml, secret_errors
 
 Part = Literal["tune", "test"]

@@ -8,19 +8,21 @@ back to an equal object. Every mistake is a `ConfigError`: one line each of sett
 from ardtrain.config.data import DataBlock, SourceBlock
 from ardtrain.config.evaluation import BY_ROW, GENERATED, OF_ALL, ROUGE, EvaluationBlock, best_metric
 from ardtrain.config.launcher import LauncherBlock
-from ardtrain.config.models import (
+from ardtrain.config.methods import (
     METHODS,
-    AdapterSettings,
     AloraBlock,
     ArdLoraBlock,
     ElaLoraBlock,
-    OptimizerBlock,
     ProbeLoraBlock,
+    alora_steps,
+    ard_lora_warmups,
+)
+from ardtrain.config.models import (
+    AdapterSettings,
+    OptimizerBlock,
     RunConfig,
     TargetBlock,
     adapter_settings,
-    alora_steps,
-    ard_lora_warmups,
     is_greater_better,
     num_warmup_steps,
     schedule_errors,

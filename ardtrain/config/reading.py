@@ -14,18 +14,8 @@ from ardtrain.config.block import Block
 from ardtrain.config.data import DataBlock, SourceBlock
 from ardtrain.config.evaluation import EvaluationBlock
 from ardtrain.config.launcher import LauncherBlock
-from ardtrain.config.models import (
-    METHODS,
-    AdaLoraBlock,
-    AloraBlock,
-    ArdLoraBlock,
-    ElaLoraBlock,
-    OptimizerBlock,
-    ProbeLoraBlock,
-    RunConfig,
-    TargetBlock,
-    schedule_errors,
-)
+from ardtrain.config.methods import METHODS, AdaLoraBlock, AloraBlock, ArdLoraBlock, ElaLoraBlock, ProbeLoraBlock
+from ardtrain.config.models import OptimizerBlock, RunConfig, TargetBlock, schedule_errors
 from ardtrain.config.text import (
     ConfigError,
     merged,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ardtrain.config.models import METHODS
+from ardtrain.config.methods import METHODS
 from tests.distributed.matrix import FAMILIES, METHOD_FAMILIES
 from tests.distributed.processes import run_processes
 

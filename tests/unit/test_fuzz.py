@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ardtrain.cli import main
-from ardtrain.config.models import METHODS, RunConfig
+from ardtrain.config.methods import METHODS
+from ardtrain.config.models import RunConfig
 from ardtrain.config.reading import ALIASES, BLOCKS
 
 BASE = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ardtrain.config.models import METHODS
+from ardtrain.config.methods import METHODS
 from tests.conftest import SIMPLE_RUN
 from tests.distributed.test_matrix import cases_of, described
 
