@@ -71,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _tell_mistakes(verb, error.errors)
         return 2
+    except PermissionError as error:  # even the question whether a path is there can end so, in any verb
+        if error.filename is None:
+            raise
+        _tell_mistakes(verb, [f"{error.filename}: {error.strerror}; give another path, or ask its owner for access"])
+        return 2
 
 
 def _verbs() -> dict[str, Callable[[list[str]], int]]:

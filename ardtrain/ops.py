@@ -35,8 +35,18 @@ def locks(folder: Path) -> dict[Path, float]:
 
 
 def remove_stale_locks(folder: Path) -> list[Path]:
-    """Removes lock files that a killed compile left behind. One process a machine calls this, before any op loads."""
+    """Removes lock files that a killed compile left behind. One process a machine calls this, before any op loads.
+
+    Raises:
+        ValueError: one cannot be removed, and the op would wait for it for ever.
+    """
     stale = [path for path, age in locks(folder).items() if age > STALE_LOCK_SECONDS]
     for path in stale:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{path}, left by a compile that was killed, cannot be removed ({error.strerror}); remove it, or set "
+                "TORCH_EXTENSIONS_DIR to a folder of your own"
+            ) from error
     return stale

@@ -46,6 +46,7 @@ from ardtrain.methods.alora import num_matrix_types
 from ardtrain.methods.base import Method
 from ardtrain.patterns import with_patterns
 from ardtrain.ranks import Dense, RankTable, Site
+from ardtrain.reasons import first_line
 from ardtrain.targets import IMAGE_MODELS, find_sites, head_linears, linear_modules, tower_modules, without_adapter
 from ardtrain.token_rows import find_tokens, refuse_whole_embeddings, token_entry
 
@@ -238,11 +239,24 @@ def image_reader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Image
 
 
 def template_text(config: RunConfig) -> str | None:
-    """The chat template that the config gives, itself or as a file's name; None: the tokenizer's."""
-    template = config.chat_template
-    if template is not None and len(template) < 1024 and Path(template).is_file():
-        return Path(template).read_text(encoding="utf-8")
-    return template
+    """The chat template that the config gives, itself or by its file's name; None: the tokenizer's.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    given = config.chat_template
+    if given is None:
+        return None
+    text, setting = given, f"chat_template={given[:200]!r}"
+    if os.path.isfile(given):  # False for a text that is too long for a name
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"{setting} cannot be read ({first_line(error)}); give a text file"]) from error
+    if "{" not in text:
+        where = "holds" if text is not given else f"is no file in {Path.cwd()} and"
+        raise ConfigError([f"{setting} {where} no Jinja2 template, which has braces; correct the path"])
+    return text
 
 
 def data_settings(

@@ -36,8 +36,11 @@ def free_bytes(path: Path) -> int:
 
 def write_error(path: Path) -> str | None:
     """Why no file can be made in this folder (or where it will be made); None: it can."""
+    folder = nearest_folder(path)
+    if folder != path and (below := folder / path.relative_to(folder).parts[0]).exists():
+        return f"{below} is no folder"
     try:
-        with tempfile.TemporaryFile(prefix=".doctor-", dir=nearest_folder(path)) as file:
+        with tempfile.TemporaryFile(prefix=".doctor-", dir=folder) as file:
             file.write(b"x")
             file.flush()
             os.fsync(file.fileno())

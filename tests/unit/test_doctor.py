@@ -275,6 +275,8 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     assert disk.write_error(tmp_path) is None
     assert disk.write_error(Path("/proc/ardtrain")) is not None
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    assert disk.write_error(tmp_path / "file" / "run") == f"{tmp_path}/file is no folder"
 
 
 def test_own_facts_survive_json(tmp_path, monkeypatch):

@@ -337,6 +337,10 @@ def test_only_stale_locks_are_removed(tmp_path):
     os.utime(old, (past, past))
     assert remove_stale_locks(tmp_path) == [old]
     assert not old.exists() and fresh.exists()
+    old.mkdir()  # what cannot be unlinked
+    os.utime(old, (past, past))
+    with pytest.raises(ValueError, match="left by a compile that was killed, cannot be removed .*TORCH_EXTENSIONS_DIR"):
+        remove_stale_locks(tmp_path)
 
 
 def test_cpu_adam_follows_torchs_adamw(world):

@@ -85,6 +85,22 @@ def test_a_misspelt_verb_is_no_config(tmp_path, monkeypatch, capsys, word, said)
     assert said in capsys.readouterr().err
 
 
+def test_a_path_without_access_is_one_line_in_every_verb(monkeypatch, capsys):
+    def refused(error):
+        def verb(arguments):
+            raise error
+
+        monkeypatch.setattr(cli, "_verbs", lambda: {"status": verb})
+        return cli.main(["status", "runs/theirs"])
+
+    monkeypatch.delenv("RANK", raising=False)
+    assert refused(PermissionError(13, "Permission denied", "runs/theirs/status")) == 2
+    said = "runs/theirs/status: Permission denied; give another path, or ask its owner for access"
+    assert capsys.readouterr().err.splitlines() == ["ardtrain status: 1 mistake(s)", said]
+    with pytest.raises(PermissionError):  # of something else than a path
+        refused(PermissionError(1, "Operation not permitted"))
+
+
 def test_schema_only_finds_mistakes_of_settings_alone(tmp_path, capsys):
     text = starter_text(task="sft", model="nowhere", method="elalora", data="none.jsonl", eval_data="none.jsonl")
     (tmp_path / "run.yaml").write_text(text)
