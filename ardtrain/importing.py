@@ -1,7 +1,7 @@
-"""Starts a run from a PEFT adapter (LoRA or AdaLoRA): its ranks, scales and weights; moments start at zero.
+"""Starts a run from a PEFT adapter: its ranks, scales and weights (LoRA, AdaLoRA), or its ranks alone (any).
 
-Ranks and scales come from the adapter, so that its tensors stay as they are, to the bit, and the run's first loss is
-that of the adapter. Only JSON and safetensors are read.
+With weights come ranks and scales, so that the adapter's tensors stay as they are, to the bit, and the run's first loss
+is that of the adapter; moments start at zero. Only JSON and safetensors are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -79,6 +79,48 @@ def read_adapter(folder: str | Path) -> Imported:
         if not all(bool(torch.isfinite(v).all()) for v in parts.values()):
             raise ValueError(f"init_from={folder}: {module} holds a number that is not finite")
     return Imported(rows, {m: _scaling(described, m, len(p["lora_A"])) for m, p in rows.items()})
+
+
+def read_ranks(folder: str | Path) -> dict[str, int]:
+    """Module -> rank of a PEFT folder's adapter, from the shapes of its tensors.
+
+    Raises:
+        ValueError: there is no readable adapter of linear layers.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, no mapping
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"ranks_from={folder}: no readable PEFT adapter ({error}); give a folder with adapter_model.safetensors, "
+            "such as a finished run's `adapter`"
+        ) from error
+    ending = ".lora_A.weight"
+    ranks = {k.removeprefix(PREFIX).removesuffix(ending): s[0] for k, s in shapes.items() if k.endswith(ending)}
+    if not any(ranks.values()):
+        raise ValueError(f"ranks_from={folder} holds no {ending.strip('.')} of any rank; give a LoRA adapter")
+    return ranks
+
+
+def place_ranks(found: Mapping[str, int], sites: Sequence[Site], *, source: str) -> list[int]:
+    """First ranks of whole matrices as in `read_ranks`; a site that the adapter lacks gets 0.
+
+    Raises:
+        ValueError: the adapter has a module that is no target, or a rank that a module cannot have.
+    """
+    known = {site.module: site for site in sites}
+    for module, r in found.items():
+        if module not in known:
+            raise ValueError(
+                f"ranks_from={source} adapts {module}, which target_modules does not name; widen target_modules"
+            )
+        if r > known[module].max_rank:
+            raise ValueError(
+                f"ranks_from={source} has rank {r} for {module}, whose rank is at most {known[module].max_rank} here; "
+                "give an adapter of this base"
+            )
+    return [found.get(site.module, 0) for site in sites]
 
 
 def _scaling(described: Mapping[str, Any], module: str, rank: int) -> float:

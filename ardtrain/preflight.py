@@ -40,7 +40,7 @@ from ardtrain.dense import dense_entries
 from ardtrain.gather_sizes import WeightSizes
 from ardtrain.heads import Heads, find_heads, refuse_fused, split_heads
 from ardtrain.images import ImageReader, ImageSettings, image_settings
-from ardtrain.importing import place, read_adapter
+from ardtrain.importing import place, place_ranks, read_adapter, read_ranks
 from ardtrain.methods import build
 from ardtrain.methods.alora import num_matrix_types
 from ardtrain.methods.base import Method
@@ -103,6 +103,8 @@ def shape_of(config: RunConfig, model: PreTrainedModel, labels: tuple[str, ...])
         trained = (*dense_entries(whole), *token_entry(model, tokens))
         sites, ranks, heads = _sites(config, model)
         rows: dict[str, dict[str, Tensor]] = {}
+        if config.ranks_from is not None:
+            ranks = place_ranks(read_ranks(config.ranks_from), sites, source=config.ranks_from)
         if config.init_from is not None:
             diagonal = config.method in ("elalora", "adalora")
             adapter = read_adapter(config.init_from)

@@ -81,6 +81,7 @@ def rehearsal_config(config: RunConfig, *, world_size: int) -> RunConfig:
         "save_total_limit": None,
         "report_to": (),
         "init_from": None,
+        "ranks_from": None,
         "rank_pattern": {},  # it may name layers that are not there
         "alpha_pattern": {},
         "resume_from_checkpoint": None,

@@ -217,6 +217,8 @@ class RunConfig(Block):
     save_total_limit: int | None = Field(default=None, ge=1)
     resume_from_checkpoint: str | None = None
     """auto, or a checkpoint's path."""
+    ranks_from: str | None = None
+    """Folder of a PEFT adapter, such as a finished RUN/adapter: its ranks alone, for the start; scales as with r."""
     init_from: str | None = None
     """Folder of a PEFT adapter (LoRA or AdaLoRA) to start from: its weights and ranks, no moments."""
     zero_checkpoint: Annotated[Literal["last", "all", "off"], BeforeValidator(_off)] = "last"
@@ -384,30 +386,38 @@ class RunConfig(Block):
             errors.append(
                 f"warmup_ratio={self.warmup_ratio} stands beside warmup_steps={self.warmup_steps}; remove one"
             )
-        if self.init_from is not None and self.method not in ("lora", "elalora", "adalora", "alora", "probe_lora"):
-            errors.append(
-                f"init_from={self.init_from} starts whole matrices and does not fit method={self.method}; use lora, "
-                "elalora, adalora, alora or probe_lora"
-            )
-        if self.init_from is not None and self.probe_lora is not None and self.probe_lora.level == "head":
-            errors.append(
-                f"init_from={self.init_from} starts whole matrices and does not fit probe_lora.level=head; set it to "
-                "matrix"
-            )
-        for name in ("rank_pattern", "alpha_pattern"):
-            if self.init_from is not None and getattr(self, name):
+        errors += self._start_errors()
+        for name in ("eval_steps", "eval_on_start", "eval_metrics"):
+            if getattr(self, name) and not self.data.held_out_files:
+                errors.append(f"{name}={getattr(self, name)} has no rows; set data.eval_file")
+        return [*errors, *self._best_errors()]
+
+    def _start_errors(self) -> list[str]:
+        """Of what says with which ranks, scales and weights a run starts."""
+        errors = []
+        whole = ("lora", "elalora", "adalora", "alora", "probe_lora")
+        for name, methods in (("init_from", whole), ("ranks_from", (*whole, "dora"))):
+            folder = getattr(self, name)
+            if folder is None:
+                continue
+            if self.method not in methods:
                 errors.append(
-                    f"{name} stands beside init_from={self.init_from}, which brings ranks and scales; remove one"
+                    f"{name}={folder} starts whole matrices and does not fit method={self.method}; use "
+                    f"{', '.join(methods[:-1])} or {methods[-1]}"
                 )
+            if self.probe_lora is not None and self.probe_lora.level == "head":
+                errors.append(
+                    f"{name}={folder} starts whole matrices and does not fit probe_lora.level=head; set it to matrix"
+                )
+            others = ("rank_pattern", "alpha_pattern") if name == "init_from" else ("rank_pattern", "init_from")
+            errors += [f"{other} stands beside {name}={folder}; remove one" for other in others if getattr(self, other)]
+        for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
                 try:
                     re.compile(key)
                 except re.error as error:
                     errors.append(f"{name} names {key}, which is no regular expression ({error}); correct it")
-        for name in ("eval_steps", "eval_on_start", "eval_metrics"):
-            if getattr(self, name) and not self.data.held_out_files:
-                errors.append(f"{name}={getattr(self, name)} has no rows; set data.eval_file")
-        return [*errors, *self._best_errors()]
+        return errors
 
     def _best_errors(self) -> list[str]:
         errors = []

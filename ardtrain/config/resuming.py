@@ -18,7 +18,7 @@ CHANGEABLE = (
 ELSEWHERE = (
     *("schema_version", "model_name_or_path", "revision", "trust_remote_code", "tokenizer_name_or_path", "data"),
     *("output_dir", "gradient_accumulation_steps", "adapter_zero_stage", "deepspeed", "launcher"),
-    *("resume_from_checkpoint", "init_from", "zero_checkpoint", "allow_pickle", "preemption_signal"),
+    *("resume_from_checkpoint", "ranks_from", "init_from", "zero_checkpoint", "allow_pickle", "preemption_signal"),
     *("stop_poll_seconds", "max_hours", "watchdog_seconds", "collective_timeout_seconds", "log_scores"),
     *("verify_weights", "chat_template", "bf16", "fp16", "report_to", "run_name", "evaluation"),
 )

@@ -3,16 +3,19 @@ import json
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 from ardtrain.adapters import attach, bind_arena
 from ardtrain.arena import ArenaLayout
-from ardtrain.importing import place, read_adapter
+from ardtrain.importing import place, place_ranks, read_adapter, read_ranks
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.methods.lora import Lora
-from ardtrain.ranks import RankTable
+from ardtrain.preflight import prepare
+from ardtrain.ranks import RankTable, Site
 from ardtrain.resize import start_snapshot
 from ardtrain.targets import find_sites
-from tests.tiny import ELALORA, equal_bits, tiny_llama
+from tests.runs import write_run
+from tests.tiny import ELALORA, equal_bits, sites_of, tiny_llama
 
 IDS = torch.arange(4, 40)[None]
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
@@ -107,3 +110,56 @@ def test_damaged_and_foreign_adapters_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="which target_modules does not name; widen target_modules"):
         place(read_adapter(tmp_path), sites, source="x", diagonal=False)
+
+
+# ---- ranks alone ----
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_ranks_of_an_adapter(tmp_path, extra):
+    saved(tmp_path, LoraConfig(**LORA, **PATTERNS, **extra))
+    sites, _ = find_sites(
+        tiny_llama(), target_modules="all-linear", exclude_modules=None, r=8, lora_alpha=16.0, tower_settings={}
+    )
+    ranks = place_ranks(read_ranks(tmp_path), sites, source="x")
+    of = {"q_proj": 2, "down_proj": 4}
+    assert ranks == [of.get(site.module.rpartition(".")[2], 0) for site in sites]
+
+
+MOVES = {"init_warmup": 2, "final_warmup": 2, "mask_interval": 4}
+BLOCKS = {
+    "lora": {},
+    "dora": {},
+    "elalora": {"elalora": MOVES},
+    "adalora": {"adalora": {"target_r": 1, "tinit": 2, "tfinal": 2}},
+    "alora": {"alora": {"rounds": 2}},
+    "probe_lora": {"probe_lora": MOVES | {"probe_steps": 2}},
+}
+
+
+@pytest.mark.parametrize("method", BLOCKS)
+def test_a_run_starts_with_the_ranks_of_another_and_the_scale_of_its_own_r(tmp_path, method):
+    saved(tmp_path, LoraConfig(**LORA, **PATTERNS))
+    settings = {"elalora": None, "r": 4, "lora_alpha": 6, "ranks_from": str(tmp_path)} | BLOCKS[method]
+    config = write_run(tmp_path, method=method, **settings)
+    table = prepare(config, [], world_size=1).shape.table
+    assert set(table.ranks) == {0, 2, 4}
+    assert {site.scaling for site in table.sites} == {1.5}
+
+
+def test_ranks_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no readable PEFT adapter"):
+        read_ranks(tmp_path)
+    saved(tmp_path, LoraConfig(**LORA))
+    found = read_ranks(tmp_path)
+    with pytest.raises(ValueError, match="which target_modules does not name; widen target_modules"):
+        place_ranks(found, sites_of((4, 4)), source="x")
+    site = next(iter(found))
+    with pytest.raises(ValueError, match="has rank 4 for .*, whose rank is at most 3 here"):
+        place_ranks({site: 4}, [Site(site, site, 3, 8)], source="x")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no readable PEFT adapter"):
+        read_ranks(tmp_path)
+    save_file({"base_model.model.x.lora_E": torch.ones(2, 1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"holds no lora_A.weight of any rank"):
+        read_ranks(tmp_path)

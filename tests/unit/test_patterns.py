@@ -60,6 +60,13 @@ def test_what_does_not_fit_the_model(patterns, message):
         ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern"),
         ({"rank_pattern": {"*": 4}}, "rank_pattern names *, which is no regular expression"),
         ({"rank_pattern": {"q_proj": 4}, "init_from": "a"}, "rank_pattern stands beside init_from=a"),
+        ({"rank_pattern": {"q_proj": 4}, "ranks_from": "a"}, "rank_pattern stands beside ranks_from=a"),
+        ({"init_from": "b", "ranks_from": "a"}, "init_from stands beside ranks_from=a"),
+        (
+            {"ranks_from": "a", "method": "ard_lora"},
+            "ranks_from=a starts whole matrices and does not fit method=ard_lora",
+        ),
+        ({"ranks_from": "a", "method": "full"}, "ranks_from=a starts whole matrices and does not fit method=full"),
         ({"rank_pattern": {"q_proj": 4}, "method": "full"}, "rank_pattern has no meaning for method=full"),
     ],
 )
