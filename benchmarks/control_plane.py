@@ -3,8 +3,10 @@
 python -m benchmarks.control_plane [--shape 70b] [--r 17.5] [--processes 1 8 64 512 1024] [--out FILE]
 
 What a process computes is run and timed here, in processor seconds of one thread: the scores of its own components
-(`Shard` deals ElaLoRA's averages), plan, digest and table, the new layout, and the repack of each array. What it sends
-is counted and priced by the alpha-beta model: an all-reduce of n bytes over P processes takes
+(`Shard` deals ElaLoRA's averages), plan, digest and table, the new layout, the repack of each array into the memory of
+the one before (as resize.LiveArena does), and with several processes the zeros with its own part in them that each of
+the four gathers sums up. The adapter engine's end and new start are left out. What a process sends is counted and
+priced by the alpha-beta model: an all-reduce of n bytes over P processes takes
 `2 log2(P) alpha + 2 (P - 1) / P n / beta`, a tree's latency and a ring's bytes.
 
 Sources: beta = 50e9 bytes/s a GPU, one 400 Gb/s port (NVIDIA ConnectX-7 data sheet; DGX H100 has one a GPU); alpha =
@@ -14,10 +16,11 @@ The host's numbers are this machine's: a GPU repacks at the speed of its memory.
 
 import math
 import time
+from functools import partial
 
 import torch
 
-from ardtrain.arena import ArenaLayout, Shard
+from ardtrain.arena import ArenaLayout, Shard, Spares
 from ardtrain.methods.elalora import reallocate
 from ardtrain.methods.sensitivity import component_scores
 from ardtrain.ranks import RankTable
@@ -57,12 +60,28 @@ def score_seconds(layout, processes):
     return sum(times) if processes == 1 else max(times)
 
 
-def repack_seconds(turn, array):
-    """Seconds of repacking the weights, the second moment, and any other array."""
-    _, master = seconds(lambda: turn.master(array))
-    _, moment = seconds(lambda: turn.moment("exp_avg_sq", array))
-    _, other = seconds(lambda: turn.entries(array))
-    return master, moment, other
+def repack_seconds(turn, size):
+    """Seconds of repacking the weights, the first moment, the second and one average, each over the one before."""
+    names = ("master", "exp_avg", "exp_avg_sq", "average")
+    repacks = (turn.master, *(partial(turn.moment, name) for name in names[1:3]), turn.entries)
+    found = {}
+    for name, repack in zip(names, repacks, strict=True):
+        array = Spares().take(size, like=torch.empty(0)).fill_(0.5)  # with room, as a run has it
+        _, found[name] = seconds(lambda f=repack, a=array: f(a))
+        turn.spares.add(array)
+    return found
+
+
+def filling_seconds(layout, spares, processes):
+    """Seconds of what a gather takes of a process before anything is sent: zeros, and its own part put into them."""
+    if processes == 1:
+        return 0.0
+    shard = Shard(layout, processes // 2, processes)
+    own = torch.full((shard.size,), 0.5)
+    full, took = seconds(lambda: spares.take(layout.size, like=own).zero_())
+    _, put = seconds(lambda: shard.put(own, full))
+    spares.add(full)
+    return took + put
 
 
 def main():
@@ -85,15 +104,16 @@ def main():
     plan, plan_seconds = seconds(lambda: reallocate(table, scores, b=arguments.moved, k=2))
     _, digest_seconds = seconds(lambda: plan.digest)
     turn, turn_seconds = seconds(lambda: Turn(table, layout, plan, method.init, seed=0, step=2))
-    master_seconds, moment_seconds, array_seconds = repack_seconds(turn, torch.rand(layout.size))
+    repacks = repack_seconds(turn, layout.size)
     num_bytes = 4 * layout.size
     rows = []
     for processes in arguments.processes:
         _, shard_seconds = seconds(lambda n=processes: Shard(turn.layout, n // 2, n))
         computed = {
             "scores": score_seconds(layout, processes), "plan": plan_seconds, "digest": digest_seconds,
-            "layout": turn_seconds + shard_seconds, "repack_master": master_seconds,
-            "repack_moments": moment_seconds + array_seconds, "repack_averages": 2 * array_seconds,
+            "layout": turn_seconds + shard_seconds, "repack_master": repacks["master"],
+            "repack_moments": repacks["exp_avg"] + repacks["exp_avg_sq"], "repack_averages": 2 * repacks["average"],
+            "fill_gathers": 4 * filling_seconds(layout, turn.spares, processes),
         }  # fmt: skip
         sent = {
             "scores": all_reduce_seconds(8 * table.total, processes),
