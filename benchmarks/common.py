@@ -28,6 +28,9 @@ SHAPES = {
     "256x8": (256, 8, 8, 4, 688, 2048),
     "768x4": (768, 4, 12, 4, 2304, 16000),
     "60m": (512, 12, 8, 8, 1408, 32000),
+    "320x6": (320, 6, 5, 5, 1000, 6000),
+    "448x10": (448, 10, 7, 7, 1216, 1500),
+    "640x3": (640, 3, 10, 2, 1700, 32000),
     "4096x2": (4096, 2, 32, 8, 14336, 2048),  # two layers of an 8B model's width, few words
     "4096x4": (4096, 4, 32, 8, 14336, 2048),  # four layers of an 8B model's width, few words
     "8b-layer": (4096, 1, 32, 8, 14336, 128256),  # an 8B model's width, one layer deep
@@ -159,7 +162,7 @@ class LiveBytes(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         own = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor) or id(tensor.untyped_storage()) in own:
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta or id(tensor.untyped_storage()) in own:
                 continue
             storage = tensor.untyped_storage()
             if storage not in self._seen:

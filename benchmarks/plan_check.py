@@ -3,9 +3,10 @@
 python -m benchmarks.plan_check [--case NAME ...] [--out FILE]
 torchrun --nproc-per-node 2 -m benchmarks.plan_check ...
 
-Each case is a run's config; the trainer is built from it as a run builds it, over a random Llama, and takes four steps
-of full rows. On a CPU every allocation of tensors is recorded by torch's profiler: `static` is live before the last
-step, `peak` the most while it lasts, both over the process (device and host are one there). Several processes free
+`runs` are the cases that the plan's memory was made with, `unseen` those that it was not. Each is a run's config; the
+trainer is built from it as a run builds it, over a random Llama, and takes four steps of full rows. On a CPU every
+allocation of tensors is recorded by torch's profiler: `static` is live before the last step, `peak` the most while it
+lasts, both over the process (device and host are one there). Several processes free
 their gathers' buffers on gloo's threads, where the profiler sees nothing; there storages are counted by their lifetime
 (common.LiveBytes), without what a kernel takes and gives back inside. On a GPU `peak` is
 torch.cuda.max_memory_allocated, and the step's seconds stand beside the plan's. What the plan has for
@@ -33,6 +34,7 @@ from ardtrain.logits import find_logit_head
 from ardtrain.planning.hardware import Machine, find_gpu
 from ardtrain.planning.memory import memory, placement
 from ardtrain.planning.shapes import read_shapes
+from ardtrain.preflight import adapter_form
 from ardtrain.resize import LiveArena
 from ardtrain.trainer import Trainer
 from benchmarks.common import LiveBytes, join_world, machine, parser, random_llama, timed, write
@@ -76,6 +78,23 @@ CASES = {
             3, offload_param=OFFLOAD, offload_optimizer={"device": "cpu"})}),
 }  # fmt: skip
 
+# The model of memory was made and mended by the cases above. None of these had run before it was; shapes, ranks,
+# lengths, rows, nf4, ALoRA and shared heads are in no case above.
+UNSEEN = {
+    "320x6 lora r24 zero0": ("320x6", 2, 192, {"r": 24}),
+    "320x6 adalora r12 bf16 zero3 checkpointing": (
+        "320x6", 3, 320, {**ADALORA, "r": 12, "bf16": True, "gradient_checkpointing": True, "deepspeed": zero(3)}),
+    "640x3 alora r20 bf16 zero3": (
+        "640x3", 1, 384, {"method": "alora", "alora": {"k1_steps": 50}, "r": 20, "bf16": True, "deepspeed": zero(3),
+                          "data": {"train_file": "none.jsonl", "eval_file": "none.jsonl"}}),
+    "640x3 dora r5 bf16 zero3 offload": (
+        "640x3", 2, 160, {"method": "dora", "r": 5, "bf16": True, "deepspeed": zero(3, offload_param=OFFLOAD)}),
+    "448x10 ard_lora shared_a r16 bf16 zero3 checkpointing": (
+        "448x10", 2, 224, {"method": "ard_lora", "ard_lora": {"layout": "shared_a"}, "r": 16, "bf16": True,
+                           "gradient_checkpointing": True, "deepspeed": zero(3)}),
+    "448x10 lora r32 nf4 bf16 zero0": ("448x10", 4, 96, {"r": 32, "bf16": True, "quantization": "nf4"}),
+}  # fmt: skip
+
 
 class FullRows(TokenBatches):
     """Rows of the full length; with more than one, all but the first a token shorter, so that they are padded."""
@@ -93,7 +112,7 @@ class FullRows(TokenBatches):
 
 def config_of(case, folder, world_size):
     """The case's RunConfig; its model is a folder with config.json alone."""
-    shape, rows, length, changes = CASES[case]
+    shape, rows, length, changes = (CASES | UNSEEN)[case]
     random_llama(shape, dtype=torch.float32, device="meta").config.save_pretrained(folder)
     values = {
         "model_name_or_path": str(folder), "method": "lora", "r": 8, "data": {"train_file": "none.jsonl"},
@@ -114,8 +133,7 @@ def build(config, shapes, plan, world, model=None):
     model.config.use_cache = False
     if config.gradient_checkpointing:
         enable_checkpointing(model, offload=config.activation_offload, device=world.device)
-    form = {"dora": "dora", "ard_lora": "own_a"}.get(config.method, "plain")
-    adapters = attach(model, shapes.shape.table.sites, dropout={}, form=form, heads=shapes.shape.heads)
+    adapters = attach(model, shapes.shape.table.sites, dropout={}, form=adapter_form(config), heads=shapes.shape.heads)
     dense = first_dense(adapters)
     engine = BackboneEngine(model, stage=plan.backbone_stage, config=plan.backbone, device=world.device)
     arena = LiveArena(
@@ -179,6 +197,7 @@ def measured(config, shapes, plan, world):
             trainer = build(config, shapes, plan, world)
             for _ in range(STEPS - 1):
                 trainer.train_step()
+            gc.collect()  # what is garbage is no matter of chance
             static = tally.peak = tally.live
             trainer.train_step()
         ended(trainer)
@@ -187,6 +206,7 @@ def measured(config, shapes, plan, world):
         trainer = build(config, shapes, plan, world)
         for _ in range(STEPS - 1):
             trainer.train_step()
+        gc.collect()
         with record_function("measured step"):
             trainer.train_step()
     events = profiled.profiler.kineto_results.events()
@@ -207,7 +227,7 @@ def ended(trainer):
 def main():
     """Measures and prints."""
     options = parser(__doc__)
-    options.add_argument("--case", nargs="*", default=sorted(CASES))
+    options.add_argument("--case", nargs="*", default=sorted(CASES | UNSEEN))
     arguments = options.parse_args()
     world = join_world()
     results = {}
@@ -226,13 +246,13 @@ def main():
     if world.is_main:
         key = f"{world.device.type} {world.world_size} process(es)"
         out = Path(arguments.out) if arguments.out else None
-        before = json.loads(out.read_text())["runs"] if out is not None and out.is_file() else {}
-        result = {
-            "benchmark": "plan_check",
-            "machine": machine(),
-            "runs": {**before, key: before.get(key, {}) | results},
-        }
-        write(result, arguments.out)  # other cases of an earlier call stay
+        result = {"benchmark": "plan_check", "machine": machine()}
+        before = json.loads(out.read_text()) if out is not None and out.is_file() else {}
+        for group, cases in (("runs", CASES), ("unseen", UNSEEN)):  # other cases of an earlier call stay
+            own = {case: found for case, found in results.items() if case in cases}
+            earlier = before.get(group, {})
+            result[group] = {**earlier, key: earlier.get(key, {}) | own} if own else earlier
+        write(result, arguments.out)
     world.leave()
 
 

@@ -39,21 +39,31 @@ class Gathered:
     loss_bytes: int
 
 
-def play(units: Sequence[Unit], settings: GatherSettings, *, recompute: bool, copies: bool = True) -> Gathered:
+def play(
+    units: Sequence[Unit],
+    settings: GatherSettings,
+    *,
+    recompute: bool,
+    copies: bool = True,
+    forward_first: bool = False,
+) -> Gathered:
     """One grain after the first, which records the order.
 
     Args:
         units: in the order of the forward. recompute: a layer of several units runs again before its backward
             (checkpointing), and gathers again.
         copies: several processes gather into one buffer first.
+        forward_first: the first pass that DeepSpeed saw was a forward alone. It answers what to release after a module
+            once for all (an lru_cache by module and step), so no weight ever stays for its backward.
     """
     order = list(units)
     groups = [list(group) for _, group in groupby(units, key=lambda u: u.layer if u.layer >= 0 else id(u))]
     for group in reversed(groups):
-        if recompute and group[0].layer >= 0:
+        back = [unit for unit in reversed(group) if unit.runs_back]
+        if recompute and back and group[0].layer >= 0:
             order += group
-        order += reversed(group)
-    return _Player(units, order, settings, copies).run(len(units))
+        order += back
+    return _Player(units, order, settings, copies).run(len(units), forward_first=forward_first)
 
 
 class _Player:
@@ -67,35 +77,41 @@ class _Player:
         self.doubled: dict[int, int] = {}  # buffer -> bytes that are there twice until its last parameter is taken
         self.live_bytes = self.live_numbers = self.gathered_bytes = self.buffers = 0
 
-    def run(self, turn: int) -> Gathered:
+    def run(self, turn: int, *, forward_first: bool) -> Gathered:
         forward = backward = loss = 0
         queue = deque((step, i) for step, unit in enumerate(self.order) for i, _, _ in unit.parameters)
         fetched_for: dict[int, int] = {}
+        self._prefetch(queue, fetched_for)  # by the modules that hold the first one
         for step, unit in enumerate(self.order):
             own = [i for i, _, _ in unit.parameters if i not in self.persistent]
             self._gather([i for i in own if i not in self.whole and i not in self.in_flight])
             peak = self._take(own)
             while queue and queue[0][0] <= step:
                 queue.popleft()
-            room = min(self.settings.max_live_parameters - self.live_numbers, self.settings.prefetch_bucket_size)
-            ahead: list[int] = []
-            numbers = 0
-            while queue and numbers < room:
-                used, i = queue.popleft()
-                fetched_for[i] = max(fetched_for.get(i, -1), used)
-                if i not in self.whole and i not in self.in_flight and i not in self.persistent and i not in ahead:
-                    ahead.append(i)
-                    numbers += self.sizes[i][0]
-            self._gather(ahead)
+            self._prefetch(queue, fetched_for)
             peak = max(peak, self.live_bytes)
             if step < turn:
                 forward = max(forward, peak)
                 loss = peak
             else:
                 backward = max(backward, peak)
-            self._release(step, own, fetched_for)
+            known = turn if forward_first and step < turn else len(self.order)
+            self._release(step, own, fetched_for, known)
         total = sum(b for i, (_, b) in self.sizes.items() if i not in self.persistent)
         return Gathered(forward, backward, self.gathered_bytes / total if total else 0.0, loss)
+
+    def _prefetch(self, queue: deque[tuple[int, int]], fetched_for: dict[int, int]) -> None:
+        """Gathers what comes next of `queue`, (step of its use, parameter); writes for which step each was."""
+        room = min(self.settings.max_live_parameters - self.live_numbers, self.settings.prefetch_bucket_size)
+        ahead: list[int] = []
+        numbers = 0
+        while queue and numbers < room:
+            used, i = queue.popleft()
+            fetched_for[i] = max(fetched_for.get(i, -1), used)
+            if i not in self.whole and i not in self.in_flight and i not in self.persistent and i not in ahead:
+                ahead.append(i)
+                numbers += self.sizes[i][0]
+        self._gather(ahead)
 
     def _gather(self, parameters: list[int]) -> None:
         if not parameters:
@@ -130,10 +146,11 @@ class _Player:
                 self.live_bytes -= self.doubled.pop(buffer, 0)
         return peak
 
-    def _release(self, step: int, parameters: list[int], fetched_for: dict[int, int]) -> None:
-        keep = {i for i in parameters if fetched_for.get(i, -1) > step}
+    def _release(self, step: int, parameters: list[int], fetched_for: dict[int, int], known: int) -> None:
+        """known: up to which step uses are looked for."""
+        keep = {i for i in parameters if step < fetched_for.get(i, -1) < known}
         distance = 0
-        for unit in self.order[step + 1 :]:
+        for unit in self.order[step + 1 : known]:
             if distance >= self.settings.max_reuse_distance or len(keep) == len(parameters):
                 break
             for i, n, _ in unit.parameters:

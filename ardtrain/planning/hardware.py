@@ -94,7 +94,7 @@ CONSTANTS = {
     "hook_weight": Constant(
         76.34e-6, "seconds a weight", "benchmarks/results/zero_hooks.json, hooks.seconds_a_weight (the same)"),
     "hook_factor": Constant(
-        2.014, "of the CPU's seconds",
+        2.017, "of the CPU's seconds",
         "fitted to benchmarks/results/gpu_h200.json: step_zero3 less step_zero0, 1.33 s a step of two grains, when "
         "hooks stood around every module; one process, so nothing is gathered over a wire"),
     "attention_backward": Constant(

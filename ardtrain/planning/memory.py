@@ -93,7 +93,10 @@ def memory(shapes: Shapes, machine: Machine, place: Placement, *, rows: int, len
     gathered = None
     if place.stage == 3:
         recompute = shapes.config.gradient_checkpointing
-        gathered = play(shapes.forward_units(), place.gathers, recompute=recompute, copies=world > 1)
+        gathered = play(
+            shapes.forward_units(), place.gathers, recompute=recompute, copies=world > 1,
+            forward_first=shapes.probes_logits,
+        )  # fmt: skip
         if world == 1 and (place.base == "device" or machine.gpu.memory_bytes is None):
             gathered = Gathered(0, 0, 0.0, 0)  # the shard is the weight, and is used where it lies
     frozen, host, nvme = _base(shapes, machine, place)

@@ -34,11 +34,12 @@ from ardtrain.utilisation import matmul_numbers
 class Unit:
     """Parameters that ZeRO-3 gathers and releases together: (identity, numbers, bytes) of each.
 
-    layer: of the repeated layer it lies in, from 0; -1: outside, or all of one.
+    layer: of the repeated layer it lies in, from 0; -1: outside, or all of one. runs_back: does a backward need them?
     """
 
     parameters: tuple[tuple[int, int, int], ...]
     layer: int = -1
+    runs_back: bool = True
 
     @property
     def numbers(self) -> int:
@@ -149,11 +150,12 @@ class Shapes:
             own = list(module.parameters(recurse=is_whole))
             if own:
                 sizes = tuple((id(p), p.numel(), parameter_bytes(p, self.itemsize)) for p in own)
-                units.append(Unit(sizes, -1 if is_whole else layer))
+                units.append(Unit(sizes, -1 if is_whole else layer, id(module) not in self._forward_only))
         output = self.model.get_output_embeddings()
         if output is not None and _is_tied(self.model):  # it is walked with the input embedding, and used last
             weight = output.weight
-            units.append(Unit(((id(weight), weight.numel(), parameter_bytes(weight, self.itemsize)),)))
+            sizes = ((id(weight), weight.numel(), parameter_bytes(weight, self.itemsize)),)
+            units.append(Unit(sizes, runs_back=not self.probes_logits))
         return tuple(units)
 
     def hooks(self, *, by_module: bool = False) -> Hooks:
@@ -165,12 +167,36 @@ class Shapes:
                 continue
             # A layer's own hooks stand around its second run, those inside it run again.
             again = self.config.gradient_checkpointing and not is_whole and layer in seen
-            times = 3 if again else 2
+            times = 1 if id(module) in self._forward_only else 3 if again else 2
             calls += times
             weights += times * len(list(module.parameters(recurse=is_whole)))
             if layer >= 0:
                 seen.add(layer)
         return Hooks(calls, weights)
+
+    @property
+    def probes_logits(self) -> bool:
+        """Does the run begin with a forward that finds what stands behind the output embedding?"""
+        return self.layout is not None and self.config.loss_chunk_tokens is not None
+
+    @cached_property
+    def _forward_only(self) -> frozenset[int]:
+        """ids of the modules that are not run back: no gradient comes to what runs before anything trained.
+
+        An input embedding; a vision tower without adapters, and what stands between it and the language model. The
+        output embedding where the loss in chunks takes its gradient in the forward (logits.py).
+        """
+        if self.layout is None:
+            return frozenset()
+        output = self.model.get_output_embeddings()
+        found = {id(output)} if self.probes_logits and output is not None else set()
+        trained = {site.module for site in self.shape.table.sites} | {dense.module for dense in self.shape.dense}
+        for name, module in self.model.named_modules():
+            if name in trained:
+                break
+            if name and not any(other.startswith(f"{name}.") for other in trained):
+                found.add(id(module))
+        return frozenset(found)
 
     def _hooked(self, *, by_module: bool = False) -> Iterator[tuple[nn.Module, int, bool]]:
         """(module, its repeated layer or -1, is it gathered whole) of each module that ZeRO-3 hooks, in order.
