@@ -58,6 +58,11 @@ class DenseLayer(DenseModule):
         self._forms = {n: (p.shape, p.dtype) for n, p in parameters.items()}
         self._layer = (layer.to("meta"),)  # a tuple, which nn.Module does not look into
 
+    @property
+    def layer(self) -> nn.Module:
+        """The module itself, without numbers."""
+        return self._layer[0]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
         return torch.func.functional_call(self._layer[0], {n: self._value(n) for n in self._forms}, args, kwargs)

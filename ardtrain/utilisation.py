@@ -6,19 +6,31 @@ weights that are not trained. Attention, adapters and recomputation are not coun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import nn
 
 from ardtrain.adapters import AdapterLinear
-from ardtrain.dense import DenseLinear
+from ardtrain.dense import DenseLayer, DenseLinear
 from ardtrain.quantized import QuantizedLinear
 
 
 def matmul_numbers(model: nn.Module) -> int:
-    """N: numbers that multiply each token: weights of linears, a tied output embedding among them."""
+    """N: numbers that multiply each token: weights of linears, a tied output embedding among them.
+
+    A convolution that cuts a picture into patches multiplies each of them once. A vision tower's numbers count for each
+    token, also for those of text, which do not pass it.
+    """
+    modules = [m.layer if isinstance(m, DenseLayer) else m for m in model.modules()]
     kinds = nn.Linear | QuantizedLinear | AdapterLinear | DenseLinear
-    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, kinds))
+    linears = sum(m.in_features * m.out_features for m in modules if isinstance(m, kinds))
+    # Not by the weight's size, which is 0 where ZeRO-3 has sharded it.
+    return linears + sum(
+        m.in_channels // m.groups * m.out_channels * math.prod(m.kernel_size)
+        for m in modules
+        if isinstance(m, nn.Conv2d)
+    )
 
 
 def mfu_4n(numbers: int, tokens_per_second: float, peak_flops: float) -> float:

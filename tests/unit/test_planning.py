@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from ardtrain.cli import main
 from ardtrain.config import ConfigError, RunConfig, with_batch
 from ardtrain.deepspeed_config import split_deepspeed
+from ardtrain.dense import attach_dense
 from ardtrain.gather_sizes import WeightSizes
 from ardtrain.observe import RunLog
 from ardtrain.planning.advice import suggestions
@@ -27,9 +29,9 @@ from ardtrain.planning.shapes import Hooks, Unit, read_shapes
 from ardtrain.planning.text import render
 from ardtrain.records import Records
 from ardtrain.trainer import StepResult
-from ardtrain.utilisation import utilisation
+from ardtrain.utilisation import matmul_numbers, utilisation
 from tests.runs import lines
-from tests.tiny_paligemma import save_tiny_paligemma
+from tests.tiny_paligemma import IMAGE_ID, IMAGE_SIZE, NUM_IMAGE_TOKENS, save_tiny_paligemma, tiny_paligemma
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 H100, CPU = GPUS["h100"], GPUS["cpu"]
@@ -341,6 +343,24 @@ def test_operations_by_hand(folder):
     assert flops["recomputation"] == 0
     again = grain_flops(planned(folder, gradient_checkpointing=True).shapes, rows=1, length=tokens)
     assert again["recomputation"] == 2 * n * tokens + 4 * tokens**2 * HIDDEN * LAYERS / 2
+
+
+def test_products_of_a_paligemma_are_those_that_torch_counts():
+    """A row of nothing but a picture, so that each token passes both towers. Attention is a product of its own."""
+    model = tiny_paligemma(pooling_head=False)
+    ids = torch.full((1, NUM_IMAGE_TOKENS), IMAGE_ID)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(
+            input_ids=ids, pixel_values=torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), token_type_ids=torch.zeros_like(ids)
+        )
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(counted[op] for op in counted if op in (torch.ops.aten.addmm, torch.ops.aten.mm))
+    patches = counted[torch.ops.aten.convolution]
+    assert patches > 0
+    assert products + patches == 2 * matmul_numbers(model) * NUM_IMAGE_TOKENS
+    before = matmul_numbers(model)
+    attach_dense(model, ["model.vision_tower.embeddings.patch_embedding"])  # trained in full
+    assert matmul_numbers(model) == before
 
 
 def test_throughput_and_mfu_agree(folder):
