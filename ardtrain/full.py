@@ -31,7 +31,7 @@ from ardtrain.trainer import LOSS_SCALE_MIN, MAX_REPEATS, Backbone, Event, StepR
 
 
 class WholeModel(Backbone, Protocol):
-    """The model and its optimizer (engines.FullEngine). Forwards whose loss goes to `backward` go through `trained`."""
+    """The model and its optimizer (engines_full.FullEngine). A forward whose loss goes to `backward` uses `trained`."""
 
     trained: nn.Module
     stage: int

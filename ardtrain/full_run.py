@@ -14,7 +14,8 @@ from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import enable_checkpointing
 from ardtrain.checkpoint import saving
 from ardtrain.config import ConfigError
-from ardtrain.engines import FullEngine, FullState
+from ardtrain.engines import FullState
+from ardtrain.engines_full import FullEngine
 from ardtrain.evaluating.request import FULL_MODEL
 from ardtrain.faults import StopCode
 from ardtrain.full import FullTrainer, write_model

@@ -18,7 +18,7 @@ from ardtrain.checkpoint.format import read_manifest
 from ardtrain.collectives import World
 from ardtrain.config import ConfigError
 from ardtrain.data import EvalData
-from ardtrain.engines import FullEngine
+from ardtrain.engines_full import FullEngine
 from ardtrain.evaluating.request import Target
 from ardtrain.evaluation import loss_sum
 from ardtrain.full_run import ENGINE_FOLDER, NO_PARTS

@@ -12,7 +12,7 @@ from torch import nn
 
 from ardtrain import collectives
 from ardtrain.collectives import CHUNK, LIMIT_BITS, START_EXPONENT, ExactSum, World, deal, idle_share, next_exponent
-from ardtrain.engines import AdamSettings, _make_optimizer
+from ardtrain.engines import AdamSettings, make_optimizer
 from tests.tiny import CPU, equal_bits
 
 ALONE = World(0, 1, CPU)
@@ -202,7 +202,7 @@ def adam_steps(cut, *, length, offload, steps=5, decay=0.01):
     pieces = []
     for begin in range(0, length, cut):
         parameter = nn.Parameter(start[begin : begin + cut].clone())
-        optimizer = _make_optimizer(parameter, settings, device=CPU, config=config)
+        optimizer = make_optimizer(parameter, settings, device=CPU, config=config)
         for step, gradient in enumerate(gradients):
             optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
             parameter.grad = gradient[begin : begin + cut].clone()
@@ -215,7 +215,7 @@ def adam_steps(cut, *, length, offload, steps=5, decay=0.01):
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("cut", [1, 3, 7, 21])
 def test_adam_is_equal_for_every_cut(cut, offload):
-    """Guards the choice in engines._make_optimizer: torch's fused kernel rounds a partition's tail otherwise."""
+    """Guards the choice in engines.make_optimizer: torch's fused kernel rounds a partition's tail otherwise."""
     length = 210
     whole = adam_steps(length, length=length, offload=offload)
     assert equal_bits(adam_steps(cut, length=length, offload=offload), whole)

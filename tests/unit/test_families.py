@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, FuyuConfig
 
 from ardtrain.backbones import ModelSource, auto_class, meta_model
 from ardtrain.config import ConfigError
-from ardtrain.engines import AdamSettings, FullEngine
+from ardtrain.engines import AdamSettings
+from ardtrain.engines_full import FullEngine
 from ardtrain.evaluation import loss_sum
 from ardtrain.export import compare_with_peft, write_peft
 from ardtrain.full import FullTrainer, write_model

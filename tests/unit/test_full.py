@@ -9,7 +9,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ardtrain import schedule
-from ardtrain.engines import AdamSettings, FullEngine
+from ardtrain.engines import AdamSettings
+from ardtrain.engines_full import FullEngine
 from ardtrain.evaluation import token_loss_sum
 from ardtrain.full import FullTrainer, write_model
 from ardtrain.ranks import named_seed

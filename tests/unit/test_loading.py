@@ -11,7 +11,8 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 from ardtrain.adapters import DoraLinear, attach
 from ardtrain.backbones import ModelSource, init_head, load_model
-from ardtrain.engines import AdamSettings, BackboneEngine, FullEngine
+from ardtrain.engines import AdamSettings, BackboneEngine
+from ardtrain.engines_full import FullEngine
 from ardtrain.loading import Filler, Shards, Weights, checked, mapping
 from ardtrain.loading.sources import Converted, Given, Pieces, Run, Unread
 from ardtrain.opening import open_model
