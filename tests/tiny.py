@@ -353,6 +353,12 @@ def tiny_trainer(
     return trainer
 
 
+def sites_of_model(model, target_modules="all-linear", *, r=4, lora_alpha=8.0, **others):
+    """(sites, first ranks) of a model, as find_sites gives them for these settings."""
+    settings = {"exclude_modules": None, "tower_settings": {}, **others}
+    return find_sites(model, target_modules=target_modules, r=r, lora_alpha=lora_alpha, **settings)
+
+
 def sites_of(*shapes):
     """Sites named s0, s1, ... of (in, out) shapes, all with scaling 2."""
     return [Site(f"s{i}", f"s{i}", inputs, outputs, scaling=2.0) for i, (inputs, outputs) in enumerate(shapes)]

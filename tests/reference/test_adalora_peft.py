@@ -11,8 +11,7 @@ from peft import AdaLoraConfig, get_peft_model
 from transformers import get_linear_schedule_with_warmup
 
 from ardtrain.methods.adalora import AdaLora, AdaLoraSettings
-from ardtrain.targets import find_sites
-from tests.tiny import TokenBatches, tiny_llama, tiny_trainer
+from tests.tiny import TokenBatches, sites_of_model, tiny_llama, tiny_trainer
 
 STEPS, R, TARGET, ALPHA = 20, 4, 2, 16.0
 PHASES = {"tinit": 3, "tfinal": 5, "deltaT": 2}
@@ -63,9 +62,7 @@ def ours():
 def theirs(arena):
     """PEFT's model with the arena's weights in it, and its layers in the arena's order of sites."""
     base = tiny_llama()
-    sites, _ = find_sites(
-        base, target_modules="all-linear", exclude_modules=None, r=R, lora_alpha=ALPHA, tower_settings={}
-    )
+    sites, _ = sites_of_model(base, r=R, lora_alpha=ALPHA)
     assert [s.module for s in sites] == [s.module for s in arena.table.sites]
     config = AdaLoraConfig(
         task_type="CAUSAL_LM",

@@ -16,8 +16,7 @@ from ardtrain.collectives import World
 from ardtrain.methods.alora import Alora, AloraSettings, allocate
 from ardtrain.ranks import RankTable
 from ardtrain.resize import start_snapshot
-from ardtrain.targets import find_sites
-from tests.tiny import CPU, HeldOutBatches, sites_of, tiny_llama
+from tests.tiny import CPU, HeldOutBatches, sites_of, sites_of_model, tiny_llama
 
 TOLERANCE = 3e-6  # of float32 scores of losses around 5; NumPy's are float64
 
@@ -129,9 +128,7 @@ def compared(plan, table):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_scores_against_numpy(seed):
     model = tiny_llama(seed, layers=2)
-    sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=2, lora_alpha=4.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model, r=2, lora_alpha=4.0)
     reference = NumpyLlama(model)
     adapters = attach(model, sites, dropout={})
     table = RankTable.start(sites, [(rank + i) % 4 for i, rank in enumerate(ranks)])

@@ -15,8 +15,7 @@ from ardtrain.adapters import bind_arena
 from ardtrain.config import parse_config
 from ardtrain.engines import AdamSettings
 from ardtrain.methods.lora import Lora
-from ardtrain.targets import find_sites
-from tests.tiny import TokenBatches, tiny_llama, tiny_trainer
+from tests.tiny import TokenBatches, sites_of_model, tiny_llama, tiny_trainer
 
 STEPS, R, ALPHA = 20, 4, 16.0
 RATE, WARMUP, MAX_NORM, DECAY = 5e-3, 2, 0.2, 0.01
@@ -212,9 +211,7 @@ def test_the_configs_ranks_and_scales_are_pefts(rslora, patterns):
         }
     )
     sites, ranks, _ = preflight._sites(config, tiny_llama())
-    wanted, _ = find_sites(
-        tiny_llama(), target_modules="all-linear", exclude_modules=None, r=R, lora_alpha=ALPHA, tower_settings={}
-    )
+    wanted, _ = sites_of_model(tiny_llama(), r=R, lora_alpha=ALPHA)
     settings = LoraConfig(
         r=R, lora_alpha=ALPHA, use_rslora=rslora, target_modules=[s.module for s in wanted], **patterns
     )

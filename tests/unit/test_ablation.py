@@ -25,9 +25,8 @@ from ardtrain.methods.alora import Alora, AloraSettings, allocate
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable, Site
 from ardtrain.resize import repack_snapshot, start_snapshot
-from ardtrain.targets import find_sites
 from tests.threads import Threads
-from tests.tiny import CPU, HeldOutBatches, backbone_config, equal_bits, tiny_llama, tiny_trainer
+from tests.tiny import CPU, HeldOutBatches, backbone_config, equal_bits, sites_of_model, tiny_llama, tiny_trainer
 
 ALONE = World(0, 1, CPU)
 PLAIN = {"ablations_per_forward": 1, "prefix_cache": False, "target_logits_only": False}
@@ -123,9 +122,7 @@ class Setup:
 
     def __init__(self, seed=0, *, model=None, layers=3, r=2, dropout=0.0, packed=False, b_std=0.15):
         model = tiny_llama(seed, layers=layers) if model is None else model
-        sites, ranks = find_sites(
-            model, target_modules="all-linear", exclude_modules=None, r=r, lora_alpha=2.0 * r, tower_settings={}
-        )
+        sites, ranks = sites_of_model(model, r=r, lora_alpha=2.0 * r)
         ranks = [(rank + i) % (r + 2) for i, rank in enumerate(ranks)]  # 0 .. r + 1
         self.model, self.adapters = model, attach(model, sites, dropout={"language": dropout})
         self.table = RankTable.start(sites, ranks)

@@ -11,8 +11,7 @@ from ardtrain.engines import BackboneEngine
 from ardtrain.methods.lora import Lora
 from ardtrain.products import FrozenLinear
 from ardtrain.ranks import RankTable
-from ardtrain.targets import find_sites, linear_modules, make_sites, select_modules
-from tests.tiny import CPU, backbone_config, equal_bits, tiny_llama
+from tests.tiny import CPU, backbone_config, equal_bits, sites_of_model, tiny_llama
 
 I, O, R = 6, 5, 3  # noqa: E741
 
@@ -192,7 +191,7 @@ def test_attached_model_without_views_gives_the_bases_logits():
 def test_linears_without_adapters_keep_no_input_for_backward(monkeypatch):
     """Also where zero.Init has put its own product, which keeps it, in the place of F.linear."""
     model, x = tiny_llama(), random(1, 3, 32).requires_grad_()
-    attach(model, sites_of_model(model, target_modules=["q_proj"])[0], dropout={})
+    attach(model, sites_of_model(model, ["q_proj"])[0], dropout={})
     monkeypatch.setattr(F, "linear", zero3_linear_wrap)
     linears, kept = (model.model.layers[0].mlp.up_proj, model.lm_head), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -204,7 +203,7 @@ def test_linears_without_adapters_keep_no_input_for_backward(monkeypatch):
 def test_no_rows_have_no_output_and_no_gradient():
     """An expert that sees no token; a grain without targets, whose logits are those of no position."""
     model = tiny_llama()
-    sites = sites_of_model(model, target_modules=["q_proj"])[0]
+    sites = sites_of_model(model, ["q_proj"])[0]
     adapters, layout = attach(model, sites, dropout={}), ArenaLayout(RankTable.start(sites, [2] * 2), Lora().entries)
     leaf = torch.ones(layout.size, requires_grad=True)
     bind_arena(adapters, layout, leaf)
@@ -214,87 +213,6 @@ def test_no_rows_have_no_output_and_no_gradient():
         of_x, of_leaf = torch.autograd.grad(out.sum(), (x, leaf), allow_unused=True)
         assert out.shape == (0, linear.out_features) and of_x.shape == (0, 32)
         assert of_leaf is None or not of_leaf.any()
-
-
-# ---- targets ----
-
-
-def sites_of_model(model, **changes):
-    settings = {"target_modules": "all-linear", "exclude_modules": None, "r": 4, "lora_alpha": 8.0}
-    return find_sites(model, **{**settings, "tower_settings": {}, **changes})
-
-
-def test_all_linear_is_every_linear_but_the_output_in_base_order():
-    sites, ranks = sites_of_model(tiny_llama())
-    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert [s.name for s in sites] == [f"model.layers.{i}.{p}" for i in range(2) for p in parts]
-    assert ranks == [4] * 14
-    assert {s.scaling for s in sites} == {2.0}
-    assert (sites[1].in_features, sites[1].out_features) == (32, 16)
-    assert (sites[6].in_features, sites[6].out_features) == (64, 32)
-
-
-@pytest.mark.parametrize(
-    ("target", "exclude", "wanted"),
-    [
-        (["v_proj", "q_proj"], None, ["0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj"]),
-        (r".*layers\.1\..*(up|down)_proj", None, ["1.mlp.up_proj", "1.mlp.down_proj"]),
-        (["layers.0.mlp.up_proj"], None, ["0.mlp.up_proj"]),
-        ("all-linear", [r".*layers\.0\..*", "up_proj", "self_attn.q_proj"], ["1.self_attn.k_proj"]),
-        (["q_proj"], "layers.0.self_attn.q_proj", ["1.self_attn.q_proj"]),
-    ],
-)
-def test_targets_by_pefts_rules(target, exclude, wanted):
-    linears = linear_modules(tiny_llama(), skip=["lm_head"])
-    names = select_modules(linears, target_modules=target, exclude_modules=exclude)
-    assert [n.removeprefix("model.layers.") for n in names[: len(wanted)]] == wanted
-
-
-def test_a_suffix_is_whole_path_parts():
-    linears = {"a.xq_proj": nn.Linear(2, 2), "a.q_proj": nn.Linear(2, 2)}
-    assert select_modules(linears, target_modules=["q_proj"]) == ["a.q_proj"]
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (
-            {"target_modules": ["q_proj", "k_prj"]},
-            "target_modules='k_prj' matches no linear layer of the model; did you mean 'k_proj'. the model has "
-            "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; or use all-linear",
-        ),
-        ({"target_modules": "q_proj"}, "target_modules='q_proj' matches no linear layer"),  # a regex of whole paths
-        ({"target_modules": ["lm_head"]}, "target_modules='lm_head' matches no linear layer"),
-        (
-            {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
-            r"exclude_modules=\['self_attn.q_proj'\] removes every module that target_modules=\['q_proj'\] names",
-        ),
-        (
-            {"r": 17},
-            r"r=17 exceeds model.layers.0.self_attn.k_proj \(32 inputs, 16 outputs; rank at most 16\); lower r or drop "
-            "k_proj from target_modules",
-        ),
-        (
-            {"tower_settings": {"vision": (4, 8.0)}},
-            "targets.vision names a tower that has no targeted module; this model's towers are language",
-        ),
-    ],
-)
-def test_bad_targets_are_refused(change, text):
-    with pytest.raises(ValueError, match=text):
-        sites_of_model(tiny_llama(), **change)
-
-
-def test_tower_settings_override_rank_and_scale():
-    linears = {"vision_tower.q": nn.Linear(8, 8), "lm.q": nn.Linear(8, 8)}
-    towers = {"vision_tower.q": "vision", "lm.q": "language"}
-    sites, ranks = make_sites(
-        linears, list(linears), r=4, lora_alpha=4.0, tower_of=towers, tower_settings={"vision": (2, 8.0)}
-    )
-    assert ranks == [2, 4]
-    assert [s.scaling for s in sites] == [4.0, 1.0]
-    assert [s.tower for s in sites] == ["vision", "language"]
 
 
 # ---- adapters that share an input ----
@@ -434,9 +352,7 @@ def test_dropout_draws_a_mask_for_each_module_of_a_group():
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_llamas_groups_are_the_same_under_zero3(world, stage):
     model = tiny_llama()
-    sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=2, lora_alpha=4.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model, r=2, lora_alpha=4.0)
     adapters = attach(model, sites, dropout={})
     engine = BackboneEngine(model, stage=stage, config=backbone_config(stage=stage), device=CPU)
     layout = ArenaLayout(RankTable.start(sites, ranks), Lora().entries)

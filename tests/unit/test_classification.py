@@ -32,7 +32,7 @@ from ardtrain.data_labels import classification_pad_id
 from ardtrain.evaluation import class_logits, classification_metrics, held_out_loss, loss_sum, token_loss_sum
 from ardtrain.targets import find_sites, head_linears
 from tests.threads import Threads
-from tests.tiny import CPU, HeldOutBatches, equal_bits, single_world, tiny_llama
+from tests.tiny import CPU, HeldOutBatches, equal_bits, single_world, sites_of_model, tiny_llama
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n"
 
@@ -544,9 +544,7 @@ def test_head_is_what_lies_outside_the_base_and_no_site(family):
 def test_language_model_has_no_head_and_keeps_its_sites():
     model = tiny_llama()
     assert head_linears(model) == {} and head_values(model, 1) == {}
-    sites, _ = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=2, lora_alpha=4.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(model, r=2, lora_alpha=4.0)
     assert len(sites) == 14 and all("lm_head" not in s.module for s in sites)
 
 

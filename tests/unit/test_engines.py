@@ -25,8 +25,16 @@ from ardtrain.evaluation import token_loss_sum
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.ops import STALE_LOCK_SECONDS, remove_stale_locks
 from ardtrain.ranks import RankTable
-from ardtrain.targets import find_sites
-from tests.tiny import CPU, ELALORA, TokenBatches, adapter_config, backbone_config, equal_bits, tiny_llama
+from tests.tiny import (
+    CPU,
+    ELALORA,
+    TokenBatches,
+    adapter_config,
+    backbone_config,
+    equal_bits,
+    sites_of_model,
+    tiny_llama,
+)
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -212,9 +220,7 @@ def backbone(stage, dtype, *, checkpointing=False, offload=False, **zero):
     model = tiny_llama(dtype=dtype)
     if checkpointing:
         enable_checkpointing(model, offload=offload, device=CPU)
-    sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=4, lora_alpha=8.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model)
     adapters = attach(model, sites, dropout={})
     engine = None
     if stage is not None:

@@ -10,8 +10,7 @@ from ardtrain.export import PEFT_PREFIX, compare_with_peft, peft_config, write_p
 from ardtrain.methods.elalora import ElaLora
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
-from ardtrain.targets import find_sites
-from tests.tiny import ELALORA, equal_bits, save_tiny_llama, tiny_llama
+from tests.tiny import ELALORA, equal_bits, save_tiny_llama, sites_of_model, tiny_llama
 
 METHODS = {"diagonal": ElaLora(ELALORA), "plain": Lora()}
 RANKS = {
@@ -27,9 +26,7 @@ def trained(request, tmp_path):
     """(folder of the export, layout, master, our logits), adapters with numbers large enough to matter."""
     method, ranks = METHODS[request.param[0]], RANKS[request.param[1]]
     model = tiny_llama()
-    sites, _ = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=4, lora_alpha=6.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(model, lora_alpha=6.0)
     layout = ArenaLayout(RankTable.start(sites, ranks), method.entries)
     master = torch.zeros(layout.size)
     generator = torch.Generator().manual_seed(1)
@@ -109,9 +106,7 @@ def test_one_rank_pattern_entry_means_one_module(trained):
 
 
 def test_adapter_without_components_is_refused(tmp_path):
-    sites, _ = find_sites(
-        tiny_llama(), target_modules=["q_proj"], exclude_modules=None, r=4, lora_alpha=6.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(tiny_llama(), ["q_proj"], lora_alpha=6.0)
     layout = ArenaLayout(RankTable.start(sites, [0, 0]), Lora().entries)
     with pytest.raises(ValueError, match="every site has rank 0: there is no adapter to export"):
         write_peft(tmp_path / "adapter", torch.zeros(layout.size), layout, {})

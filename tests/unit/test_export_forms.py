@@ -17,8 +17,8 @@ from ardtrain.heads import find_heads, split_heads
 from ardtrain.methods.dora import Dora
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
-from ardtrain.targets import find_sites, head_linears
-from tests.tiny import TokenBatches, ard_lora, equal_bits, tiny_llama, tiny_trainer
+from ardtrain.targets import head_linears
+from tests.tiny import TokenBatches, ard_lora, equal_bits, sites_of_model, tiny_llama, tiny_trainer
 
 IDS = torch.arange(4, 44).reshape(2, 20)
 TOLERANCE = 1e-5  # of the largest logit
@@ -30,9 +30,7 @@ class Exported:
     def __init__(self, folder, form, *, ranks=None, gates=None, mlp_heads=1, seed=1):
         self.folder, model = folder, tiny_llama()
         method = Dora() if form == "dora" else Lora()
-        sites, first = find_sites(
-            model, target_modules="all-linear", exclude_modules=None, r=2, lora_alpha=6.0, tower_settings={}
-        )
+        sites, first = sites_of_model(model, r=2, lora_alpha=6.0)
         configs = {"language": model.config}
         self.heads = find_heads(sites, configs, mlp_heads=mlp_heads) if form.endswith("_a") else {}
         if form == "own_a":
@@ -163,9 +161,7 @@ def test_a_run_exports_what_it_computes(world, tmp_path, form, stop):
     assert (gates is None) is (stop == 3 or (form == "own_a" and stop == 60))
     if stop == 30:
         assert bool(((gates > 0) & (gates < 1)).any())
-    sites, _ = find_sites(
-        tiny_llama(), target_modules="all-linear", exclude_modules=None, r=2, lora_alpha=8.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(tiny_llama(), r=2)
     heads = find_heads(sites, {"language": tiny_llama().config})
     config = peft_config(arena.layout, base_model="tiny", revision=None, lora_dropout=0.0)
     write_peft(tmp_path / "adapter", arena.engine.weights, arena.layout, config, heads=heads, gates=gates)
@@ -208,9 +204,7 @@ def classifier(seed=0):
 def test_a_classifiers_head(tmp_path, form):
     """The head is trained in full: PEFT reads it as a module to save, beside the adapters."""
     model, method = classifier(), Dora() if form == "dora" else Lora()
-    sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=2, lora_alpha=6.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model, r=2, lora_alpha=6.0)
     assert "score" not in {s.module for s in sites}
     heads = find_heads(sites, {"language": model.config}) if form == "own_a" else {}
     if form == "own_a":

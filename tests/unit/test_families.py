@@ -20,7 +20,7 @@ from ardtrain.full import FullTrainer, write_model
 from ardtrain.planning.hardware import machine_of
 from ardtrain.planning.plan import make_plan
 from ardtrain.preflight import prepare_config, read_run_config
-from ardtrain.targets import find_sites, head_linears, never_run, stacked_experts, without_adapter
+from ardtrain.targets import head_linears, never_run, stacked_experts, without_adapter
 from tests.distributed.test_families import MOVING
 from tests.families import (
     FAMILIES,
@@ -35,7 +35,7 @@ from tests.families import (
     trained_logits,
 )
 from tests.runs import write_run
-from tests.tiny import CPU, LOOP, equal_bits
+from tests.tiny import CPU, LOOP, equal_bits, sites_of_model
 from tests.tiny_paligemma import letter_tokenizer
 from tests.unit.test_full import full_config
 
@@ -45,9 +45,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def all_linear(model, r=2):
-    sites, _ = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=r, lora_alpha=4.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(model, r=r, lora_alpha=4.0)
     return sites
 
 
@@ -114,7 +112,7 @@ def test_stacked_experts_take_no_adapter_and_this_is_said():
     ]
     for target in (["down_proj"], ["q_proj", "w1"], ["experts"], r".*mlp.*"):
         with pytest.raises(ValueError, match=r"matches no linear layer .*Experts' weights are stacked in this model"):
-            find_sites(model, target_modules=target, exclude_modules=None, r=2, lora_alpha=4.0, tower_settings={})
+            sites_of_model(model, target, r=2, lora_alpha=4.0)
     assert without_adapter(build_model(FAMILIES["Llama"])) == []
     assert without_adapter(build_model(FAMILIES["Gemma-3 with a vision tower, on text"])) == [
         "no adapter on model.vision_tower: the model's forward does not use it for such rows"

@@ -30,8 +30,16 @@ from ardtrain.methods.dora import Dora
 from ardtrain.methods.lora import Lora
 from ardtrain.products import FrozenLinear
 from ardtrain.ranks import Dense, RankTable
-from ardtrain.targets import find_sites
-from tests.tiny import CPU, TokenBatches, ard_lora, backbone_config, equal_bits, tiny_llama, tiny_trainer
+from tests.tiny import (
+    CPU,
+    TokenBatches,
+    ard_lora,
+    backbone_config,
+    equal_bits,
+    sites_of_model,
+    tiny_llama,
+    tiny_trainer,
+)
 
 I, O, H, SCALING = 12, 8, 4, 1.5  # noqa: E741
 
@@ -285,9 +293,7 @@ def attached(form, *, ranks=None, model=None, seed=1, dropout=0.0, size=0.2):
     """(model, adapters, layout, arena with numbers that matter) of a tiny Llama."""
     model = tiny_llama() if model is None else model
     method = Dora() if form == "dora" else Lora()
-    sites, first = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=2, lora_alpha=6.0, tower_settings={}
-    )
+    sites, first = sites_of_model(model, r=2, lora_alpha=6.0)
     heads = find_heads(sites, {"language": model.config}) if form.endswith("_a") else {}
     if form == "own_a":
         sites, first = split_heads(sites, first, heads)
@@ -403,9 +409,7 @@ def test_each_adapter_gets_its_own_gates(form):
 
 def test_gates_pass_by_a_matrix_without_components_and_a_linear_trained_in_full():
     model = tiny_llama()
-    sites, _ = find_sites(
-        model, target_modules=["q_proj"], exclude_modules=None, r=2, lora_alpha=6.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(model, ["q_proj"], r=2, lora_alpha=6.0)
     method = Lora()
     dense = dense_entries({"model.layers.1.mlp.up_proj": model.model.layers[1].mlp.up_proj})
     layout = ArenaLayout(RankTable.start(sites, [0, 3]), method.entries, dense)

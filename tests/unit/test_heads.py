@@ -6,8 +6,7 @@ import pytest
 
 from ardtrain.heads import Heads, find_heads, refuse_fused, split_heads
 from ardtrain.ranks import RankTable, Site
-from ardtrain.targets import find_sites
-from tests.tiny import tiny_llama
+from tests.tiny import sites_of_model, tiny_llama
 
 LLAMA = {"language": SimpleNamespace(num_attention_heads=8, num_key_value_heads=2)}
 
@@ -18,9 +17,7 @@ def site(module, inputs=64, outputs=64, tower="language"):
 
 def llama_sites(r=2):
     model = tiny_llama()
-    sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=r, lora_alpha=8.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model, r=r)
     return model, sites, ranks
 
 

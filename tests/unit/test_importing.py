@@ -13,9 +13,8 @@ from ardtrain.methods.lora import Lora
 from ardtrain.preflight import prepare
 from ardtrain.ranks import RankTable, Site
 from ardtrain.resize import start_snapshot
-from ardtrain.targets import find_sites
 from tests.runs import write_run
-from tests.tiny import ELALORA, equal_bits, sites_of, tiny_llama
+from tests.tiny import ELALORA, equal_bits, sites_of, sites_of_model, tiny_llama
 
 IDS = torch.arange(4, 40)[None]
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
@@ -37,9 +36,7 @@ def saved(folder, config):
 def ours(folder, method, diagonal):
     """Logits of a run's start from the folder; ranks and first rows."""
     model = tiny_llama()
-    sites, _ = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=8, lora_alpha=16.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(model, r=8, lora_alpha=16.0)
     sites, ranks, rows = place(read_adapter(folder), sites, source=str(folder), diagonal=diagonal)
     table = RankTable.start(sites, ranks)
     layout = ArenaLayout(table, method.entries)
@@ -105,9 +102,7 @@ def test_damaged_and_foreign_adapters_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no readable PEFT adapter"):
         read_adapter(tmp_path)
     weights.write_bytes(whole)
-    sites, _ = find_sites(
-        tiny_llama(), target_modules=["q_proj"], exclude_modules=None, r=4, lora_alpha=8.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(tiny_llama(), ["q_proj"])
     with pytest.raises(ValueError, match="which target_modules does not name; widen target_modules"):
         place(read_adapter(tmp_path), sites, source="x", diagonal=False)
 
@@ -118,9 +113,7 @@ def test_damaged_and_foreign_adapters_are_refused(tmp_path):
 @pytest.mark.parametrize("extra", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_ranks_of_an_adapter(tmp_path, extra):
     saved(tmp_path, LoraConfig(**LORA, **PATTERNS, **extra))
-    sites, _ = find_sites(
-        tiny_llama(), target_modules="all-linear", exclude_modules=None, r=8, lora_alpha=16.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(tiny_llama(), r=8, lora_alpha=16.0)
     ranks = place_ranks(read_ranks(tmp_path), sites, source="x")
     of = {"q_proj": 2, "down_proj": 4}
     assert ranks == [of.get(site.module.rpartition(".")[2], 0) for site in sites]

@@ -16,8 +16,7 @@ from ardtrain.engines_full import FullEngine
 from ardtrain.loading import Filler, Shards, Weights, checked, mapping
 from ardtrain.loading.sources import Converted, Given, Pieces, Run, Unread
 from ardtrain.opening import open_model
-from ardtrain.targets import find_sites
-from tests.tiny import CPU, backbone_config, equal_bits, tiny_llama
+from tests.tiny import CPU, backbone_config, equal_bits, sites_of_model, tiny_llama
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODER = {
@@ -173,9 +172,7 @@ def test_dora_measures_the_weight_once_it_is_there(stage, tmp_path, world):
     reference = load_model(ModelSource(str(tmp_path)), compute_dtype="fp32")
     magnitudes = []
     for model in (opened.model, reference):
-        sites, _ = find_sites(
-            model, target_modules=["q_proj"], exclude_modules=None, r=2, lora_alpha=4.0, tower_settings={}
-        )
+        sites, _ = sites_of_model(model, ["q_proj"], r=2, lora_alpha=4.0)
         adapters = attach(model, sites, dropout={}, form="dora")
         if model is opened.model:
             engine = engine_of(opened, stage)

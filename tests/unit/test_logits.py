@@ -24,10 +24,18 @@ from ardtrain.evaluation import held_out_loss, token_loss_sum
 from ardtrain.logits import Form, LogitHead, cross_entropy_, find_logit_head
 from ardtrain.methods.lora import Lora
 from ardtrain.ranks import RankTable
-from ardtrain.targets import find_sites
 from ardtrain.token_rows import PART, TokenRows
 from benchmarks.common import LiveBytes
-from tests.tiny import CPU, HeldOutBatches, TokenBatches, backbone_config, equal_bits, single_world, tiny_llama
+from tests.tiny import (
+    CPU,
+    HeldOutBatches,
+    TokenBatches,
+    backbone_config,
+    equal_bits,
+    single_world,
+    sites_of_model,
+    tiny_llama,
+)
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"vocab_size": 128, "num_key_value_heads": 2, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
@@ -63,9 +71,7 @@ def found(model, chunk_tokens=7):
 
 def with_adapters(model):
     """(model, leaf): adapters on all linears, with numbers that matter."""
-    sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=4, lora_alpha=8.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model)
     adapters, layout = attach(model, sites, dropout={}), ArenaLayout(RankTable.start(sites, ranks), Lora().entries)
     leaf = torch.empty(layout.size).normal_(0.0, 0.1, generator=torch.Generator().manual_seed(1)).requires_grad_()
     bind_arena(adapters, layout, leaf)

@@ -15,9 +15,9 @@ from ardtrain.merged_files import Changes, Merger, make_plan
 from ardtrain.methods.lora import Lora
 from ardtrain.opening import open_model
 from ardtrain.ranks import RankTable
-from ardtrain.targets import find_sites, head_linears
+from ardtrain.targets import head_linears
 from tests.families import FAMILIES, build_model, inputs_of
-from tests.tiny import equal_bits
+from tests.tiny import equal_bits, sites_of_model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -27,9 +27,7 @@ def test_every_family(tmp_path, name):
     model.save_pretrained(tmp_path / "base")
     with torch.no_grad():
         before = model(**inputs).logits
-    sites, _ = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=3, lora_alpha=5.0, tower_settings={}
-    )
+    sites, _ = sites_of_model(model, r=3, lora_alpha=5.0)
     heads = list(head_linears(model))
     table = RankTable.start(sites, [min(i % 4, s.max_rank) for i, s in enumerate(sites)])
     layout = ArenaLayout(table, Lora().entries, dense_entries(head_linears(model)))

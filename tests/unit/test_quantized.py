@@ -28,8 +28,8 @@ from ardtrain.quantized import (
     quantize_nf4,
 )
 from ardtrain.ranks import RankTable
-from ardtrain.targets import base_linears, find_sites
-from tests.tiny import CPU, ELALORA, TokenBatches, backbone_config, equal_bits, tiny_llama
+from ardtrain.targets import base_linears
+from tests.tiny import CPU, ELALORA, TokenBatches, backbone_config, equal_bits, sites_of_model, tiny_llama
 
 formats = pytest.mark.parametrize("format", FORMATS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -195,9 +195,7 @@ def test_product_and_its_gradient_are_the_dequantised_linears(format, dtype):
 @pytest.mark.parametrize("form", [None, "plain", "dora"], ids=["no adapters", "plain", "dora"])
 def test_autograd_keeps_no_float_copy_of_a_weight(format, form):
     model = tiny_llama()
-    sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=None, r=4, lora_alpha=8.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model)
     quantize_base(model, format)
     if form is not None:
         adapters = attach(model, sites, dropout={}, form=form)
@@ -282,9 +280,7 @@ def backbone(format, *, stage=0, dtype=torch.float32, checkpointing=False, exclu
     model = tiny_llama(dtype=dtype)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    sites, ranks = find_sites(
-        model, target_modules="all-linear", exclude_modules=exclude, r=4, lora_alpha=8.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model, exclude_modules=exclude)
     quantize_base(model, format, carried=zero.get("offload_param", {}).get("device") == "nvme")
     if plain:
         dequantize_modules(model)

@@ -14,10 +14,9 @@ from ardtrain.export import compare_with_peft, peft_config, write_peft
 from ardtrain.methods.lora import Lora
 from ardtrain.preflight import check_model
 from ardtrain.ranks import RankTable
-from ardtrain.targets import find_sites
 from ardtrain.token_rows import PART, TokenRows, embedding_path, find_tokens, tied_output, token_entry
 from tests.runs import write_run
-from tests.tiny import CPU, backbone_config, equal_bits, save_tiny_llama, tiny_llama
+from tests.tiny import CPU, backbone_config, equal_bits, save_tiny_llama, sites_of_model, tiny_llama
 
 TOKENS = (7, 20, 99)
 IDS = torch.tensor([[1, 7, 20, 7, 50, 3], [99, 4, 5, 6, 127, 20]])  # beyond, between and at the trained ones
@@ -39,9 +38,7 @@ MODELS = {"untied": tiny_llama, "tied": lambda: tiny_llama(tied=True), "scaled":
 
 def bound(model, tokens=TOKENS, *, seed=3):
     """LoRA on q_proj and the trained rows, all with random numbers: adapters, layout, leaf [N]."""
-    sites, ranks = find_sites(
-        model, target_modules=["q_proj"], exclude_modules=None, r=2, lora_alpha=4.0, tower_settings={}
-    )
+    sites, ranks = sites_of_model(model, ["q_proj"], r=2, lora_alpha=4.0)
     layout = ArenaLayout(RankTable.start(sites, ranks), Lora().entries, token_entry(model, tokens))
     adapters = {**attach(model, sites, dropout={}), embedding_path(model): TokenRows(model, tokens)}
     generator = torch.Generator().manual_seed(seed)
