@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ardtrain import schedule
 from ardtrain.collectives import ExactSum, StepSum, deal
 from ardtrain.data import Batch
 from ardtrain.evaluation import HeldOut
@@ -62,13 +61,7 @@ class FullTrainer(Trainer):
     def train_step(self) -> StepResult:
         """One optimizer step of the whole global batch. All processes must call this."""
         step, s, engine = self.state.step, self.settings, self.backbone
-        lr = schedule.learning_rate(
-            step,
-            peak=s.learning_rate,
-            total_steps=s.total_steps,
-            warmup_steps=s.warmup_steps,
-            kind=s.lr_scheduler_type,
-        )
+        lr = s.rate(step)
         for _ in range(MAX_REPEATS):
             total = self._backward(step)
             scale_can_fall = engine.loss_scale_falls and engine.loss_scale > LOSS_SCALE_MIN

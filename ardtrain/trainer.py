@@ -124,6 +124,16 @@ class LoopSettings:
     check_every: int | None = None
     judge: Judge = Judge()
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return schedule.learning_rate(
+            step,
+            peak=self.learning_rate,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            kind=self.lr_scheduler_type,
+        )
+
 
 @dataclass
 class LoopState:
@@ -323,13 +333,7 @@ class Trainer:
         self.state.step = step + 1
         num_targets, num_tokens = sum(total.tokens), sum(total.processed)
         loss = math.fsum(total.losses) / max(1, num_targets)
-        lr = schedule.learning_rate(
-            step,
-            peak=s.learning_rate,
-            total_steps=s.total_steps,
-            warmup_steps=s.warmup_steps,
-            kind=s.lr_scheduler_type,
-        )
+        lr = s.rate(step)
         if not total.finite:
             return self._void(step, total, loss, lr)
         size = self.arena.layout.size
