@@ -27,10 +27,11 @@ from transformers import (
 )
 
 from ardtrain.backbones import ModelSource, head_values, init_head, load_model, meta_model
-from ardtrain.data import DataError, DataSettings, EvalData, Samples, TrainData, build_batch, find_labels
+from ardtrain.data import DataError, EvalData, Samples, TrainData, build_batch, find_labels
 from ardtrain.data_labels import classification_pad_id
 from ardtrain.evaluation import class_logits, classification_metrics, held_out_loss, loss_sum, token_loss_sum
 from ardtrain.targets import find_sites, head_linears
+from tests.rows import row_settings
 from tests.threads import Threads
 from tests.tiny import CPU, HeldOutBatches, equal_bits, single_world, sites_of_model, tiny_llama
 
@@ -111,23 +112,7 @@ def write(path, rows):
 
 
 def make(*files, **changes):
-    values = {
-        "format": "classification",
-        "prompt_field": "prompt",
-        "completion_field": "completion",
-        "messages_field": "messages",
-        "text_field": "text",
-        "prompt_template": None,
-        "completion_template": None,
-        "chat_template": None,
-        "max_length": 64,
-        "packing": False,
-        "truncation": "drop",
-        "on_bad_row": "error",
-        "seed": 7,
-        "labels": ("no", "yes", "maybe"),
-    }
-    return DataSettings(train_files=tuple(files), **{**values, **changes})
+    return row_settings(*files, **({"format": "classification", "labels": ("no", "yes", "maybe")} | changes))
 
 
 def pairs(count, *, seed=0, num_labels=3):

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ardtrain.data import (
     DataError,
-    DataSettings,
     EvalData,
     Samples,
     TrainData,
@@ -22,6 +21,7 @@ from ardtrain.data import (
     tokenizer_fingerprint,
 )
 from ardtrain.data_order import Cursor, TrainOrder, epoch_rows, pack, permutation, total_rows, total_steps
+from tests.rows import row_settings as make
 
 TEST_DATA = Path(os.environ.get("ARDTRAIN_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
 needs_data = pytest.mark.skipif(
@@ -56,25 +56,6 @@ def stories():
 def write(path, rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
-
-def make(*files, **changes):
-    values = {
-        "format": "auto",
-        "prompt_field": "prompt",
-        "completion_field": "completion",
-        "messages_field": "messages",
-        "text_field": "text",
-        "prompt_template": None,
-        "completion_template": None,
-        "chat_template": None,
-        "max_length": 64,
-        "packing": False,
-        "truncation": "drop",
-        "on_bad_row": "error",
-        "seed": 7,
-    }
-    return DataSettings(train_files=tuple(files), **{**values, **changes})
 
 
 def shown(samples, tokenizer, index):

@@ -18,9 +18,10 @@ from ardtrain.data_order import Part, TrainOrder, drawn_samples, mixed_order, pe
 from ardtrain.evaluation import held_out_loss
 from ardtrain.fetching import tokenise
 from ardtrain.planning.suggest import suggest
+from tests.rows import row_settings as make
 from tests.runs import write_run
 from tests.tiny import single_world, tiny_llama
-from tests.unit.test_data import CHAT, make, texts, tokenizer, write  # noqa: F401 - a fixture
+from tests.unit.test_data import CHAT, texts, tokenizer, write  # noqa: F401 - a fixture
 
 PARTS = (Part(10, 25), Part(30, 30), Part(7, 9))
 

@@ -13,9 +13,9 @@ from ardtrain import data_sources
 from ardtrain.data import Samples, TrainData
 from ardtrain.data_labels import DataError, find_labels
 from ardtrain.data_sources import HubSource, check_source, commit_of, identity, load_hub, parse_hub, read_rows
+from tests.rows import row_settings as make
 from tests.tiny import save_tiny_llama
 from tests.unit.test_classification import make as make_classes
-from tests.unit.test_data import make
 
 ROWS = [{"prompt": f"{i} + 1 = ", "completion": f"{i + 1}"} for i in range(1200)]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ardtrain.data import EvalData, TrainData
-from ardtrain.data_rows import DataError, DataSettings
-from ardtrain.images import BadImageError, ImageReader, StoredImage, decode, image_of, image_settings
+from ardtrain.data_rows import DataError
+from ardtrain.images import BadImageError, StoredImage, decode, image_of, image_settings
+from tests.rows import picture_settings
 from tests.tiny import equal_bits
 from tests.tiny_paligemma import (
     IMAGE_ID,
@@ -29,20 +30,8 @@ from tests.tiny_paligemma import (
 )
 
 
-def settings(path, *, max_length=64, **changes):
-    tokenizer, processor = letter_tokenizer(), image_processor()
-    images = image_settings(tiny_config(), tokenizer, processor, field="image", max_length=max_length)
-    values = {
-        "train_files": (str(path),), "format": "image_text", "prompt_field": "prompt", "completion_field": "completion",
-        "messages_field": "messages", "text_field": "text", "prompt_template": None, "completion_template": None,
-        "chat_template": None, "max_length": max_length, "packing": False, "truncation": "error",
-        "on_bad_row": "error", "seed": 0, "images": images,
-    }  # fmt: skip
-    return DataSettings(**(values | changes)), tokenizer, ImageReader(processor, images)
-
-
 def open_rows(path, cache, **changes):
-    data, tokenizer, reader = settings(path, **changes)
+    data, tokenizer, reader = picture_settings(path, **changes)
     return EvalData(data, data.train_files, tokenizer, cache, grain_size=1, images=reader)
 
 
@@ -193,7 +182,7 @@ def test_picture_that_changed_is_told(tmp_path):
 
 
 def fingerprint(path, cache):
-    data, tokenizer, reader = settings(path)
+    data, tokenizer, reader = picture_settings(path)
     return TrainData(data, tokenizer, cache, global_batch_size=1, grain_size=1, max_steps=1, images=reader).fingerprint
 
 
@@ -260,7 +249,7 @@ def test_model_tokenizer_and_processor_must_agree():
 
 
 def test_reader_refuses_what_is_not_the_rows_picture(tmp_path):
-    _, _, reader = settings(tmp_path)
+    _, _, reader = picture_settings(tmp_path)
     with pytest.raises(BadImageError, match="is another than when the rows were read"):
         reader.pixels([StoredImage(data=png(), digest="0")], [""])
     assert torch.isfinite(reader.processor(images=[picture()], return_tensors="pt")["pixel_values"]).all()

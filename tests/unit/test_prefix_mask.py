@@ -14,11 +14,10 @@ from transformers import PaliGemmaProcessor
 
 from ardtrain.collectives import World
 from ardtrain.data import Cursor, TrainData, build_batch
-from ardtrain.data_rows import DataSettings
 from ardtrain.evaluation import held_out_loss, loss_sum, token_loss_sum
-from ardtrain.images import ImageReader, image_settings
 from ardtrain.logits import LogitHead, find_logit_head
 from ardtrain.prefix_mask import check_first_masks, prefix_mask, token_types
+from tests.rows import picture_settings
 from tests.tiny import CPU, equal_bits
 from tests.tiny_paligemma import (
     IMAGE_ID,
@@ -26,7 +25,6 @@ from tests.tiny_paligemma import (
     WINDOW,
     image_processor,
     letter_tokenizer,
-    tiny_config,
     tiny_paligemma,
     write_rows,
 )
@@ -37,21 +35,8 @@ def drawn(text):
     return torch.tensor([[c == "x" for c in line] for line in text.split()])
 
 
-def settings(path, **changes):
-    tokenizer, processor = letter_tokenizer(), image_processor()
-    max_length = changes.pop("max_length", 64)
-    images = image_settings(tiny_config(), tokenizer, processor, field="image", max_length=max_length)
-    values = {
-        "train_files": (str(path),), "format": "image_text", "prompt_field": "prompt", "completion_field": "completion",
-        "messages_field": "messages", "text_field": "text", "prompt_template": None, "completion_template": None,
-        "chat_template": None, "max_length": max_length, "packing": False, "truncation": "error",
-        "on_bad_row": "error", "seed": 0, "images": images,
-    }  # fmt: skip
-    return DataSettings(**(values | changes)), tokenizer, ImageReader(processor, images)
-
-
 def train_data(path, cache, *, grain=3, **changes):
-    data, tokenizer, reader = settings(path, **changes)
+    data, tokenizer, reader = picture_settings(path, **changes)
     return TrainData(data, tokenizer, cache, global_batch_size=6, grain_size=grain, max_steps=4, images=reader)
 
 
@@ -211,7 +196,7 @@ def test_rows_are_those_of_paligemmas_processor(tmp_path, batch):
 def test_one_bos_also_from_a_tokenizer_that_adds_its_own(tmp_path):
     """transformers#30993: Gemma's tokenizer puts a bos in front of every text that it is given."""
     path = write_rows(tmp_path, count=6)
-    data, tokenizer, reader = settings(path)
+    data, tokenizer, reader = picture_settings(path)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     assert tokenizer("ab")["input_ids"][0] == 2
     common = {"global_batch_size": 6, "grain_size": 6, "max_steps": 1, "images": reader}

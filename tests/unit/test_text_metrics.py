@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from ardtrain.config import ConfigError, EvaluationBlock
-from ardtrain.data_rows import DataSettings
 from ardtrain.data_sources import DataError
 from ardtrain.evaluating import text_metrics
 from ardtrain.evaluating.intervals import Bootstrap
 from ardtrain.evaluating.references import line_of, read_known
 from ardtrain.evaluating.text_metrics import Answered, by_group, check_packages, figure_of_all, row_scores
 from ardtrain.evaluating.vqa import normalised, vqa_accuracy
+from tests.rows import row_settings
 
 BOOTSTRAP = Bootstrap(50, 0.9, seed=1)
 
@@ -139,13 +139,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
 
 
 def settings_of(path, format_="completion", **changes):
-    values = {
-        "train_files": (str(path),), "format": format_, "prompt_field": "prompt", "completion_field": "completion",
-        "messages_field": "messages", "text_field": "text", "prompt_template": None, "completion_template": None,
-        "chat_template": None, "max_length": 64, "packing": False, "truncation": "drop",
-        "on_bad_row": "skip", "seed": 1,
-    }  # fmt: skip
-    return DataSettings(**values | changes)
+    return row_settings(path, **({"format": format_, "on_bad_row": "skip", "seed": 1} | changes))
 
 
 def known_of(tmp_path, rows, ids=None, *, format_="completion", changes=None, **block):
