@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ardtrain import checkpoint, export, preflight, zero_checkpoint
+from ardtrain import checkpoint, export, preflight, run_data, zero_checkpoint
 from ardtrain.ablation import AblationScorer
 from ardtrain.adapters import AdapterLinear, DoraLinear, attach, bind_arena, first_dense
 from ardtrain.arena import ArenaLayout
@@ -73,7 +73,7 @@ class AdapterRun(Session):
         self.trainer = self._build_trainer()
 
     def _make_method(self, total_steps: int) -> Method:
-        per_epoch = preflight.steps_per_epoch(self.config, self.data)
+        per_epoch = run_data.steps_per_epoch(self.config, self.data)
         shape = self.prepared.shape
         return preflight.make_method(self.config, shape, total_steps=total_steps, steps_per_epoch=per_epoch)
 

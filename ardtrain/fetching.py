@@ -45,15 +45,15 @@ def tokenise(path: str, overrides: list[str]) -> list[str]:
     Raises:
         ConfigError: rows are missing or broken.
     """
-    from ardtrain import preflight
+    from ardtrain import preflight, run_data
     from ardtrain.data_sources import commit_of, is_hub, parse_hub
 
     config, _ = preflight.read_run_config(path, overrides, world_size=1)
-    labels, tokenizer = preflight.read_labels(config), preflight.tokenizer_of(config)
-    train, held_out = preflight.open_data(config, tokenizer, labels)
-    preflight.open_allocation_data(config, tokenizer, labels)
+    labels, tokenizer = run_data.read_labels(config), run_data.tokenizer_of(config)
+    train, held_out = run_data.open_data(config, tokenizer, labels)
+    run_data.open_allocation_data(config, tokenizer, labels)
     told = [f"rows: {train.num_samples} to train on" + (f", {held_out.num_samples} held out" if held_out else "")]
-    told[0] += f", tokenised in {preflight.cache_dir()}"
+    told[0] += f", tokenised in {run_data.cache_dir()}"
     told += [f"  {share.text()}" for share in train.shares]
     for source in filter(is_hub, config.data.files):
         hub = parse_hub(source)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ardtrain import checkpoint, export, preflight
+from ardtrain import checkpoint, export, run_data
 from ardtrain.backbones import auto_class, load_config, load_tokenizer
 from ardtrain.cards import CARD, write_card
 from ardtrain.config import ConfigError
@@ -60,9 +60,9 @@ def copy_companions(trained: Trained, model: PreTrainedModel, source: Path, out:
             shutil.copyfile(path, out / path.name)
     if trained.shape.labels:
         _classify(out / "config.json", trained, model)
-    template = preflight.template_text(config)
+    template = run_data.template_text(config)
     if config.tokenizer_name_or_path is not None or template is not None:
-        tokenizer = load_tokenizer(preflight.model_source(config), config.tokenizer_name_or_path)
+        tokenizer = load_tokenizer(run_data.model_source(config), config.tokenizer_name_or_path)
         if template is not None:
             tokenizer.chat_template = template
         tokenizer.save_pretrained(out)
@@ -120,7 +120,7 @@ def merge(trained: Trained, out: Path, *, check: bool = False) -> list[str]:
         raise ConfigError([f"--out {out} exists; name another folder, or remove it"])
     started = time.monotonic()
     paths = hub_weight_files(trained.config.model_name_or_path, trained.config.revision)
-    opened = open_model(preflight.model_source(trained.config), **(base_arguments(trained) | {"compute_dtype": "fp32"}))
+    opened = open_model(run_data.model_source(trained.config), **(base_arguments(trained) | {"compute_dtype": "fp32"}))
     if opened.weights is None:
         raise ConfigError(
             [
@@ -225,7 +225,7 @@ def _compare(trained: Trained, folder: Path) -> str:
 
 def load_merged(trained: Trained, folder: Path) -> PreTrainedModel:
     """A merged model whole on the CPU as transformers loads it, in the dtype of its config, head and all."""
-    source = replace(preflight.model_source(trained.config), name_or_path=str(folder), revision=None)
+    source = replace(run_data.model_source(trained.config), name_or_path=str(folder), revision=None)
     auto = auto_class(load_config(source), len(trained.shape.labels) or None)
     model: PreTrainedModel = auto.from_pretrained(
         folder, dtype="auto", attn_implementation=source.attn_implementation, use_safetensors=True

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ardtrain.adapters import Form
 from ardtrain.arena import ArenaLayout
-from ardtrain.backbones import ModelSource, load_image_processor, load_tokenizer, meta_model, tower_config, tower_text
 from ardtrain.backbones import load_config as load_model_config
+from ardtrain.backbones import meta_model, tower_config, tower_text
 from ardtrain.collectives import idle_share
 from ardtrain.config import (
     AloraBlock,
@@ -27,30 +26,26 @@ from ardtrain.config import (
     adapter_settings,
     alora_steps,
     ard_lora_warmups,
-    check_schedule,
     load_config,
     num_warmup_steps,
     updated,
     with_batch,
 )
-from ardtrain.data import DataSettings, EvalData, Source, TrainData
-from ardtrain.data_labels import find_labels
+from ardtrain.data import TrainData
 from ardtrain.deepspeed_config import DeepSpeedPlan, split_deepspeed, take_over
 from ardtrain.dense import dense_entries
 from ardtrain.gather_sizes import WeightSizes
 from ardtrain.heads import Heads, find_heads, refuse_fused, split_heads
-from ardtrain.images import ImageReader, ImageSettings, image_settings
 from ardtrain.importing import place, place_ranks, read_adapter, read_ranks
 from ardtrain.methods import build
 from ardtrain.methods.alora import num_matrix_types
 from ardtrain.methods.base import Method
 from ardtrain.patterns import with_patterns
 from ardtrain.ranks import Dense, RankTable, Site
-from ardtrain.reasons import first_line
+from ardtrain.run_data import model_source, read_labels, tokenizer_of
 from ardtrain.targets import IMAGE_MODELS, find_sites, head_linears, linear_modules, tower_modules, without_adapter
 from ardtrain.token_rows import find_tokens, refuse_whole_embeddings, token_entry
 
-_FORMATS: dict[str, Any] = {"sequence_classification": "classification", "image_text_to_text": "image_text"}
 MOVES_RANKS = ("elalora", "adalora", "alora", "ard_lora", "probe_lora")
 UNKNOWN_STEPS = 1 << 40  # longer than any schedule
 
@@ -71,11 +66,6 @@ class Shape:
     sizes: WeightSizes | None = None  # of the weights that ZeRO-3 shards
     notes: tuple[str, ...] = ()  # what gets no adapter
     by_tower: str = ""  # total rank and trained numbers, where there are several towers
-
-
-def model_source(config: RunConfig) -> ModelSource:
-    """Where the config says the model comes from."""
-    return ModelSource(config.model_name_or_path, config.revision, config.trust_remote_code, config.attn_implementation)
 
 
 def check_model(config: RunConfig) -> Shape:
@@ -205,221 +195,6 @@ def _trained_tokens(config: RunConfig, model: PreTrainedModel) -> tuple[int, ...
     return find_tokens(wanted, tokenizer, num_rows=model.get_input_embeddings().num_embeddings) if wanted else ()
 
 
-def read_labels(config: RunConfig) -> tuple[str, ...]:
-    """The classes of a classification run, found in the training rows unless the config names them; else ().
-
-    Raises:
-        ConfigError: a row without a label, or with one of another kind.
-    """
-    if config.task != "sequence_classification":
-        return ()
-    if config.data.label_names is not None:
-        return config.data.label_names
-    try:
-        return find_labels([data_settings(config, source=name) for name in config.data.sources or (None,)])
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error).splitlines()) from error
-
-
-def image_reader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ImageReader | None:
-    """What makes pixels of the rows' pictures, None for other tasks. Raises ConfigError."""
-    if config.task != "image_text_to_text":
-        return None
-    source = model_source(config)
-    try:
-        processor = load_image_processor(source)
-        settings = image_settings(
-            load_model_config(source),
-            tokenizer,
-            processor,
-            field=config.data.image_field,
-            max_length=config.max_length,
-        )
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    return ImageReader(processor, settings)
-
-
-def template_text(config: RunConfig) -> str | None:
-    """The chat template that the config gives, itself or by its file's name; None: the tokenizer's.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    given = config.chat_template
-    if given is None:
-        return None
-    text, setting = given, f"chat_template={given[:200]!r}"
-    if os.path.isfile(given):  # False for a text that is too long for a name
-        try:
-            text = Path(given).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"{setting} cannot be read ({first_line(error)}); give a text file"]) from error
-    if "{" not in text:
-        where = "holds" if text is not given else f"is no file in {Path.cwd()} and"
-        raise ConfigError([f"{setting} {where} no Jinja2 template, which has braces; correct the path"])
-    return text
-
-
-def data_settings(
-    config: RunConfig,
-    labels: tuple[str, ...] = (),
-    images: ImageSettings | None = None,
-    *,
-    source: str | None = None,
-) -> DataSettings:
-    """The config's `data` block, or one of its sources, and the settings of rows, in the data layer's own form."""
-    d = config.data
-    fields = d.row_fields(source)
-    image_field = fields.pop("image_field")
-    if images is not None:
-        images = replace(images, field=image_field)
-    fields["format"] = _FORMATS.get(config.task, fields["format"])
-    return DataSettings(
-        **fields,
-        train_files=d.training_files if source is None else d.sources[source].file,
-        chat_template=template_text(config),
-        max_length=config.max_length,
-        packing=config.packing,
-        truncation=config.truncation,
-        on_bad_row=d.on_bad_row,
-        seed=config.seed,
-        labels=labels or None,
-        images=images,
-    )
-
-
-def training_sources(
-    config: RunConfig, labels: tuple[str, ...] = (), images: ImageSettings | None = None
-) -> list[Source]:
-    """data.sources in the data layer's own form; none where the rows come from train_file."""
-    return [
-        Source(name, data_settings(config, labels, images, source=name), own.weight)
-        for name, own in config.data.sources.items()
-    ]
-
-
-def held_out_sources(
-    config: RunConfig, labels: tuple[str, ...] = (), images: ImageSettings | None = None
-) -> list[Source]:
-    """The held-out files of data.sources, each with its source's fields; none where the rows come from eval_file."""
-    return [
-        Source(name, replace(data_settings(config, labels, images, source=name), train_files=(file,)))
-        for name, file in config.data.held_out_sources.items()
-    ]
-
-
-def held_out_settings(config: RunConfig, images: ImageSettings | None = None) -> list[DataSettings]:
-    """Of each held-out file, in the order of their rows."""
-    own = [source.settings for source in held_out_sources(config, images=images)]
-    return own or [replace(data_settings(config, images=images), train_files=config.data.held_out_files)]
-
-
-def cache_dir() -> Path:
-    """Where tokenised rows are kept: $ARDTRAIN_CACHE, else the user's cache folder."""
-    root = os.environ.get("ARDTRAIN_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "ardtrain"
-    )
-    return Path(root) / "rows"
-
-
-def open_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()
-) -> tuple[TrainData, EvalData | None]:
-    """Tokenises (or finds the cache) and lays out the steps.
-
-    Raises:
-        ConfigError: broken rows, too few rows, or a schedule that does not fit into the run's steps.
-    """
-    assert config.global_batch_size is not None
-    images = image_reader(config, tokenizer)
-    settings = data_settings(config, labels, images.settings if images else None)
-    try:
-        train = TrainData(
-            settings,
-            tokenizer,
-            cache_dir(),
-            global_batch_size=config.global_batch_size,
-            grain_size=config.per_device_train_batch_size,
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps,
-            images=images,
-            sources=training_sources(config, labels, settings.images),
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error).splitlines()) from error
-    held_out = None if not config.data.held_out_files else open_held_out(config, tokenizer, labels, images=images)
-    check_schedule(config, train.num_steps)
-    _check_rounds(config, train)
-    return train, held_out
-
-
-def open_held_out(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: tuple[str, ...] = (),
-    *,
-    images: ImageReader | None = None,
-    packing: bool | None = None,
-) -> EvalData:
-    """The rows of data.eval_file or of the sources', which the config must have, in their grains.
-
-    packing: None: as the config says.
-
-    Raises:
-        ConfigError: the file is missing, or its rows are broken.
-    """
-    assert config.data.held_out_files
-    config = config if packing is None else config.model_copy(update={"packing": packing})
-    settings = data_settings(config, labels, images.settings if images else None)
-    try:
-        return EvalData(
-            settings,
-            config.data.held_out_files,
-            tokenizer,
-            cache_dir(),
-            grain_size=config.per_device_eval_batch_size,
-            max_samples=config.max_eval_samples,
-            images=images,
-            sources=held_out_sources(config, labels, settings.images),
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error).splitlines()) from error
-
-
-def open_allocation_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()
-) -> EvalData | None:
-    """Held-out rows for the allocator, where the method looks at some: ALoRA's fixed batch, ARD-LoRA's alternation.
-
-    Raises:
-        ConfigError: the file holds fewer rows than ALoRA's batch.
-    """
-    alora = config.method == "alora"
-    ard = config.method == "ard_lora" and config.ard_lora is not None and config.ard_lora.meta_interval > 0
-    if not (alora or ard):
-        return None
-    assert config.data.allocation_files, "the config checks this"
-    block = config.alora or AloraBlock()
-    images = image_reader(config, tokenizer)
-    settings = data_settings(config, labels, images.settings if images else None)
-    shared = config.data.allocation_file is None
-    try:
-        return EvalData(
-            settings,
-            config.data.allocation_files,
-            tokenizer,
-            cache_dir(),
-            grain_size=config.per_device_eval_batch_size,
-            choose=(block.val_batch, config.seed) if alora else None,
-            images=images,
-            sources=held_out_sources(config, labels, settings.images) if shared else (),
-        )
-    except (OSError, ValueError) as error:
-        source = f"alora.val_batch={block.val_batch}: " if alora else ""
-        raise ConfigError([source + line for line in str(error).splitlines()]) from error
-
-
 def _check_shortlist(config: RunConfig, table: RankTable) -> None:
     """What ALoRA prunes must be scored exactly."""
     block = config.alora
@@ -434,26 +209,6 @@ def _check_shortlist(config: RunConfig, table: RankTable) -> None:
                 f"prunes {pruned}; raise alora.shortlist or lower alora.n_a"
             ]
         )
-
-
-def _check_rounds(config: RunConfig, train: TrainData) -> None:
-    """ALoRA's first round must leave a step to train (methods.md 3.3)."""
-    if config.method != "alora":
-        return
-    k1, _ = alora_steps(config.alora or AloraBlock(), steps_per_epoch(config, train))
-    if k1 >= train.num_steps:
-        raise ConfigError(
-            [
-                f"alora.k1 is {k1} steps and the run has {train.num_steps}: no step is left to adapt; lower alora.k1 "
-                "(epochs) or alora.k1_steps, or train longer"
-            ]
-        )
-
-
-def steps_per_epoch(config: RunConfig, train: TrainData) -> float:
-    """Optimizer steps of one pass over the rows."""
-    assert config.global_batch_size is not None
-    return train.num_rows(0) / config.global_batch_size
 
 
 def _check_probes(config: RunConfig, table: RankTable) -> None:
@@ -537,14 +292,6 @@ def schedule_text(config: RunConfig, train: TrainData) -> str:
         f"grains, {train.num_rows(0)} rows an epoch; warm-up {warmup} steps, then {config.lr_scheduler_type} from "
         f"{config.learning_rate:g}"
     )
-
-
-def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer the config names. Raises ConfigError."""
-    try:
-        return load_tokenizer(model_source(config), config.tokenizer_name_or_path)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
 
 
 def summary(config: RunConfig, shape: Shape, train: TrainData, notes: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ardtrain import checkpoint, preflight
+from ardtrain import checkpoint, preflight, run_data
 from ardtrain.adapter_run import AdapterRun
 from ardtrain.backbones import DTYPES, load_config, load_image_processor, meta_model, take_quantization
 from ardtrain.collectives import World
@@ -169,7 +169,7 @@ def write_base(config: RunConfig, folder: Path, *, compute_dtype: str, num_label
     Raises:
         ValueError: no model config, or no room on the disk.
     """
-    source = preflight.model_source(config)
+    source = run_data.model_source(config)
     cut = load_config(source)
     take_quantization(source, cut)  # of bitsandbytes' files: these are in the compute dtype
     for tower in {id(c): c for c in (cut.get_text_config(), getattr(cut, "vision_config", None)) if c}.values():

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from ardtrain import checkpoint, preflight
+from ardtrain import checkpoint, preflight, run_data
 from ardtrain.adapter_run import AdapterRun
 from ardtrain.collectives import World
 from ardtrain.config import ConfigError, RunConfig
@@ -106,9 +106,9 @@ def validate(path: str | Path, overrides: Sequence[str], *, verify: bool = False
     prepared = prepare(path, overrides, world_size=1)
     check_trackers(prepared.config)
     check_answers(prepared.config)
-    tokenizer = preflight.tokenizer_of(prepared.config)
-    data, _ = preflight.open_data(prepared.config, tokenizer, prepared.shape.labels)
-    preflight.open_allocation_data(prepared.config, tokenizer, prepared.shape.labels)
+    tokenizer = run_data.tokenizer_of(prepared.config)
+    data, _ = run_data.open_data(prepared.config, tokenizer, prepared.shape.labels)
+    run_data.open_allocation_data(prepared.config, tokenizer, prepared.shape.labels)
     text = preflight.summary(prepared.config, prepared.shape, data, prepared.notes)
     if not verify:
         return text
@@ -116,7 +116,7 @@ def validate(path: str | Path, overrides: Sequence[str], *, verify: bool = False
     pad_token_id = data.pad_token_id if labels else None
     try:
         told = verify_base(
-            preflight.model_source(prepared.config),
+            run_data.model_source(prepared.config),
             compute_dtype=prepared.plan.compute_dtype,
             num_labels=len(labels) or None,
             pad_token_id=pad_token_id,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ardtrain import __version__, checkpoint, preflight
+from ardtrain import __version__, checkpoint, preflight, run_data
 from ardtrain.backbones import DTYPES, init_head, load_config, load_model, quantize_base, take_quantization
 from ardtrain.best import Judge
 from ardtrain.collectives import World
@@ -79,12 +79,12 @@ class Session(ABC):
         """All processes must call this."""
         self._take(prepared, around)
         world, run_dir, config, shape = self.world, self.run_dir, self.config, prepared.shape
-        self.tokenizer = preflight.tokenizer_of(config)
+        self.tokenizer = run_data.tokenizer_of(config)
         if around.place.local_rank == 0:
-            preflight.open_data(config, self.tokenizer, shape.labels)
+            run_data.open_data(config, self.tokenizer, shape.labels)
         world.barrier("rows tokenised")
-        self.data, self.eval_data = preflight.open_data(config, self.tokenizer, shape.labels)
-        self.allocation_data = preflight.open_allocation_data(config, self.tokenizer, shape.labels)
+        self.data, self.eval_data = run_data.open_data(config, self.tokenizer, shape.labels)
+        self.allocation_data = run_data.open_allocation_data(config, self.tokenizer, shape.labels)
         self.identity = run_identity(prepared, self.data.fingerprint)
         world.agree("config, model or data", _digest(dump_config(config), shape, self.identity), step=0)
         self.startup.mark("rows")
@@ -133,7 +133,7 @@ class Session(ABC):
 
         Files that bitsandbytes quantised are read by us, without that library.
         """
-        source = preflight.model_source(self.config)
+        source = run_data.model_source(self.config)
         if take_quantization(source, load_config(source)):
             opened = self._open(shares=1)
             assert opened.weights is not None, "or open_model refuses"
@@ -168,7 +168,7 @@ class Session(ABC):
 
     def _open(self, *, shares: int) -> Opened:
         """The base for an engine that keeps one of this many shares of it on each process; no communication."""
-        opened = open_model(preflight.model_source(self.config), **self._base_arguments())
+        opened = open_model(run_data.model_source(self.config), **self._base_arguments())
         if self.prepared.shape.labels:
             init_head(opened.model, self.config.seed)
         if opened.decoded and self.config.quantization is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ardtrain import checkpoint, preflight
+from ardtrain import checkpoint, preflight, run_data
 from ardtrain.adapters import AdapterLinear, attach, bind_arena
 from ardtrain.arena import ArenaLayout, Shard
 from ardtrain.backbones import init_head, load_config, load_model, quantize_base, take_quantization
@@ -196,7 +196,7 @@ def _binding(snapshot: Snapshot, layout: ArenaLayout) -> Binding:
 def base_arguments(trained: Trained) -> dict[str, Any]:
     """What opening and loading the base take, as training did."""
     labels = trained.shape.labels
-    pad = classification_pad_id(preflight.tokenizer_of(trained.config)) if labels else None
+    pad = classification_pad_id(run_data.tokenizer_of(trained.config)) if labels else None
     return {
         "compute_dtype": trained.compute_dtype,
         "num_labels": len(labels) or None,
@@ -208,7 +208,7 @@ def base_arguments(trained: Trained) -> dict[str, Any]:
 def read_base(trained: Trained) -> PreTrainedModel:
     """The base whole on the CPU as training had it: read by our loader, quantised if the run's was."""
     config = trained.config
-    opened = open_model(preflight.model_source(config), **base_arguments(trained))
+    opened = open_model(run_data.model_source(config), **base_arguments(trained))
     if trained.shape.labels:
         init_head(opened.model, config.seed)
     packings = {} if config.quantization is None else quantize_base(opened.model, config.quantization)
@@ -222,7 +222,7 @@ def load_base(trained: Trained) -> PreTrainedModel:
 
     Files that bitsandbytes quantised are read by us, without that library.
     """
-    config, source = trained.config, preflight.model_source(trained.config)
+    config, source = trained.config, run_data.model_source(trained.config)
     if take_quantization(source, load_config(source)):
         return read_base(trained)
     model = load_model(source, **base_arguments(trained))

@@ -29,8 +29,9 @@ from ardtrain.adapters import attach, first_dense
 from ardtrain.backbones import load_model
 from ardtrain.engines import AdamSettings, BackboneEngine
 from ardtrain.evaluation import loss_sum
-from ardtrain.preflight import make_method, model_source, open_data, prepare, tokenizer_of
+from ardtrain.preflight import make_method, prepare
 from ardtrain.resize import LiveArena
+from ardtrain.run_data import model_source, open_data, tokenizer_of
 from ardtrain.trainer import Hooks, LoopSettings, Trainer
 from benchmarks import common
 from benchmarks.digits_vqa import make_base, write_rows

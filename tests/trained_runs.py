@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from ardtrain import checkpoint, preflight
+from ardtrain import checkpoint, preflight, run_data
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import load_model
 from ardtrain.checkpoint.format import blank
@@ -111,7 +111,7 @@ def write_nothing(folder):
 def fill(master, layout, prepared, *, seed, std):
     """Numbers that matter in every block; magnitudes and linears in full near the base's own."""
     magnitudes = any(block.part == "magnitude" for block in layout.all_blocks)
-    model = load_model(preflight.model_source(prepared.config), compute_dtype="fp32") if magnitudes else None
+    model = load_model(run_data.model_source(prepared.config), compute_dtype="fp32") if magnitudes else None
     for block in layout.all_blocks:
         generator = torch.Generator().manual_seed(named_seed("trained", seed, block.module, block.part))
         values = block.of(master)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ardtrain import preflight
+from ardtrain import run_data
 from ardtrain.collectives import World
 from ardtrain.config import ConfigError, RunConfig
 from ardtrain.data import EvalData
@@ -28,7 +28,7 @@ def check_answers(config: RunConfig) -> None:
 
 def refuse_unanswerable(config: RunConfig, *, setting: str) -> None:
     """ConfigError where held-out rows have no prompts."""
-    for settings in preflight.held_out_settings(config) if config.task == "causal_lm" else ():
+    for settings in run_data.held_out_settings(config) if config.task == "causal_lm" else ():
         try:
             format_ = detect_format(settings) if settings.format == "auto" else settings.format
         except ValueError as error:
@@ -44,7 +44,7 @@ def refuse_unanswerable(config: RunConfig, *, setting: str) -> None:
 
 def open_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: EvalData) -> EvalData:
     """The held-out rows to answer: prompts are answered one by one, so rows that are packed are opened anew."""
-    return preflight.open_held_out(config, tokenizer, packing=False) if config.packing else data
+    return run_data.open_held_out(config, tokenizer, packing=False) if config.packing else data
 
 
 def names_of(data: EvalData) -> list[str]:
@@ -64,8 +64,8 @@ def known_of(
 
     def read() -> None:
         nonlocal known
-        images = preflight.image_reader(config, tokenizer)
-        settings = preflight.held_out_settings(config, images=None if images is None else images.settings)
+        images = run_data.image_reader(config, tokenizer)
+        settings = run_data.held_out_settings(config, images=None if images is None else images.settings)
         known = read_known(settings, ids, config.evaluation)
 
     try:
@@ -86,7 +86,7 @@ def answer_rows(
     between: Callable[[], None],
 ) -> list[list[int]]:
     """New tokens of every row, as generation.generate_rows. All processes must call this."""
-    ends = end_tokens(module, tokenizer.eos_token_id, preflight.model_source(config))
+    ends = end_tokens(module, tokenizer.eos_token_id, run_data.model_source(config))
     decoding = Decoding(config.evaluation, config.seed, ends, data.pad_token_id)
     return generate_rows(module, data, decoding, world=world, sharded=sharded, between=between)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ardtrain import checkpoint, preflight
+from ardtrain import checkpoint, preflight, run_data
 from ardtrain.adapter_run import AdapterRun
 from ardtrain.adapters import bind_arena, drop_views, group_adapters
 from ardtrain.checkpoint.format import read_manifest
@@ -57,12 +57,12 @@ class _Rows(Session):
     def _open_rows(self, around: Surroundings) -> None:
         """Tokenises the held-out rows once a machine. All processes must call this."""
         config, labels = self.config, self.prepared.shape.labels
-        self.tokenizer = preflight.tokenizer_of(config)
-        images = preflight.image_reader(config, self.tokenizer)
+        self.tokenizer = run_data.tokenizer_of(config)
+        images = run_data.image_reader(config, self.tokenizer)
         if around.place.local_rank == 0:
-            preflight.open_held_out(config, self.tokenizer, labels, images=images)
+            run_data.open_held_out(config, self.tokenizer, labels, images=images)
         self.world.barrier("rows tokenised")
-        self.eval_data = preflight.open_held_out(config, self.tokenizer, labels, images=images)
+        self.eval_data = run_data.open_held_out(config, self.tokenizer, labels, images=images)
         self.data: Any = self.eval_data  # says what pads a batch
         self.startup.mark("rows")
 

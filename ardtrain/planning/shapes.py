@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ardtrain import preflight
+from ardtrain import preflight, run_data
 from ardtrain.adapters import AdapterLinear, DoraLinear, attach, bind_arena
 from ardtrain.arena import ArenaLayout
 from ardtrain.backbones import DTYPES, gathered_whole, meta_model, quantize_base
@@ -252,9 +252,9 @@ def parameter_bytes(parameter: Tensor, itemsize: int) -> int:
 
 def read_shapes(config: RunConfig, *, base_on_nvme: bool = False) -> Shapes:
     """From config.json alone. Raises ConfigError: as preflight.check_model."""
-    labels = preflight.read_labels(config)
+    labels = run_data.read_labels(config)
     try:
-        model = meta_model(preflight.model_source(config), num_labels=len(labels) or None)
+        model = meta_model(run_data.model_source(config), num_labels=len(labels) or None)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     shape = preflight.shape_of(config, model, labels)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ardtrain import preflight
+from ardtrain import preflight, run_data
 from ardtrain.config import BLOCKS, AloraBlock, ConfigError, RunConfig, check_schedule, parse_config, updated
 from ardtrain.config.commented import Line, commented_yaml
 from ardtrain.config.schema import FILE_NAME, schema_text
@@ -128,12 +128,12 @@ def suggestion_text(config: RunConfig, machine: Machine, *, source: str = "the c
 def facts_of(config: RunConfig) -> Facts:
     """Reads the model's config.json and the data (tokenised, or from the cache). Raises ConfigError."""
     shape = preflight.check_model(updated(config, {"global_batch_size": None, "gradient_accumulation_steps": None}))
-    tokenizer = preflight.tokenizer_of(config)
-    images = preflight.image_reader(config, tokenizer)
+    tokenizer = run_data.tokenizer_of(config)
+    images = run_data.image_reader(config, tokenizer)
     try:
-        settings = preflight.data_settings(config, shape.labels, images.settings if images else None)
-        sources = preflight.training_sources(config, shape.labels, settings.images)
-        samples = open_samples(settings, sources, tokenizer, preflight.cache_dir())
+        settings = run_data.data_settings(config, shape.labels, images.settings if images else None)
+        sources = run_data.training_sources(config, shape.labels, settings.images)
+        samples = open_samples(settings, sources, tokenizer, run_data.cache_dir())
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
     if isinstance(samples, Mixture) and samples.parts:
@@ -158,7 +158,7 @@ def _val_batch(config: RunConfig, tokenizer: Any, labels: tuple[str, ...]) -> in
     while True:
         block = (config.alora or AloraBlock()).model_copy(update={"val_batch": count})
         try:
-            preflight.open_allocation_data(updated(config, {"alora": block}), tokenizer, labels)
+            run_data.open_allocation_data(updated(config, {"alora": block}), tokenizer, labels)
             return count
         except ConfigError:
             if count == 1:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ardtrain import preflight
+from ardtrain import run_data
 from ardtrain.evaluating import answers
 from ardtrain.preflight import prepare
 from tests.runs import write_run
@@ -15,8 +15,8 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("answers")
     settings = {"eval_metrics": ["em", "bleu"], "evaluation": {"max_new_tokens": 2}}
     prepared = prepare(write_run(folder, **settings), [], world_size=1)
-    tokenizer = preflight.tokenizer_of(prepared.config)
-    _, data = preflight.open_data(prepared.config, tokenizer, ())
+    tokenizer = run_data.tokenizer_of(prepared.config)
+    _, data = run_data.open_data(prepared.config, tokenizer, ())
     return prepared.config, tokenizer, data
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ardtrain.config import ConfigError, parse_config
-from ardtrain.preflight import template_text
+from ardtrain.run_data import template_text
 
 
 def text_of(template):

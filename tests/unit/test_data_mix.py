@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ardtrain import preflight
+from ardtrain import preflight, run_data
 from ardtrain.config import ConfigError, load_config, parse_config
 from ardtrain.config.resuming import differences
 from ardtrain.data import DataError, EvalData, Source, TrainData
@@ -298,13 +298,13 @@ def mixed_run(folder, name="mixed", **settings):
 def test_open_data_tells_each_source(tmp_path, monkeypatch):
     monkeypatch.setenv("ARDTRAIN_CACHE", str(tmp_path / "cache"))
     config, _ = preflight.read_run_config(mixed_run(tmp_path), [], world_size=1)
-    train, held_out = preflight.open_data(config, preflight.tokenizer_of(config))
+    train, held_out = run_data.open_data(config, run_data.tokenizer_of(config))
     assert [share.text() for share in train.shares] == [
         "sums: 72 samples, 75.0 % of an epoch, 1.00 passes in it",
         "chats: 9 samples, 25.0 % of an epoch, 2.67 passes in it",
     ]
     assert train.num_rows(0) == 96 and {grain.source for grain in held_out.grains()} == {"sums", "chats"}
-    settings = preflight.held_out_settings(config)
+    settings = run_data.held_out_settings(config)
     assert [one.train_files for one in settings] == [(path,) for path in config.data.held_out_files]
     assert settings[1].messages_field == "turns" and settings[0].messages_field == "messages"
 

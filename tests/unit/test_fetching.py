@@ -15,7 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 
-from ardtrain import fetching, preflight
+from ardtrain import fetching, run_data
 from ardtrain.config import ConfigError, load_config
 from ardtrain.fetching import fetch
 from tests.conftest import REPOSITORY
@@ -71,7 +71,7 @@ def test_a_folder_needs_nothing_and_rows_are_tokenised_ahead(config, tmp_path, c
     assert f"rows: 3 to train on, tokenised in {tmp_path / 'cache' / 'rows'}" in said
     monkeypatch.setattr("ardtrain.data_cache.Tokenising", None)
     settings = load_config(path, ["global_batch_size=1"])
-    train, _ = preflight.open_data(settings, preflight.tokenizer_of(settings))
+    train, _ = run_data.open_data(settings, run_data.tokenizer_of(settings))
     assert train.num_samples == 3
 
 

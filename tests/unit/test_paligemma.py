@@ -13,8 +13,9 @@ from ardtrain.backbones import ModelSource, load_image_processor, load_model, me
 from ardtrain.config import ConfigError
 from ardtrain.methods.lora import Lora
 from ardtrain.planning.shapes import read_shapes
-from ardtrain.preflight import check_model, image_reader, make_method, open_data, prepare, tokenizer_of
+from ardtrain.preflight import check_model, make_method, prepare
 from ardtrain.rehearse import write_base
+from ardtrain.run_data import image_reader, open_data, tokenizer_of
 from ardtrain.targets import never_run, tower_modules
 from tests.runs import write_run
 from tests.tiny import backbone_config, elalora, equal_bits, tiny_trainer, weights_digest
