@@ -409,6 +409,8 @@ def run_identity(prepared: Prepared, data_fingerprint: str) -> checkpoint.Identi
     settings = {n: v for n, v in values.items() if n not in CHANGEABLE and n not in ELSEWHERE and v is not None}
     settings["compute_dtype"] = prepared.plan.compute_dtype
     settings["quantization"] = config.quantization or "none"  # a base in full is another one than in few bits
+    if config.ranks_from is not None:  # a budget may follow from them, and the folder may hold another adapter by now
+        settings["first_ranks"] = prepared.shape.table.digest
     return checkpoint.Identity(
         backbone=prepared.shape.backbone_fingerprint,
         data=data_fingerprint,

@@ -24,7 +24,7 @@ from ardtrain.arena import ArenaLayout, Shard
 from ardtrain.backbones import init_head, load_config, load_model, quantize_base, take_quantization
 from ardtrain.checkpoint.finding import POINTERS, looks_complete
 from ardtrain.checkpoint.format import MANIFEST, read_manifest
-from ardtrain.config import ConfigError, RunConfig
+from ardtrain.config import ConfigError, RunConfig, updated
 from ardtrain.config import load_config as load_run_config
 from ardtrain.data_labels import classification_pad_id
 from ardtrain.dense import DenseModule, attach_dense
@@ -131,7 +131,8 @@ def open_trained(where: str | Path, overrides: Sequence[str] = ()) -> Trained:
     """
     found = find_checkpoint(where)
     path, run_dir = found.path, found.run_dir
-    config = load_run_config(run_dir / CONFIG, overrides)
+    # The checkpoint has its own ranks: the folder that the first came from need not be there any more.
+    config = updated(load_run_config(run_dir / CONFIG, overrides), {"ranks_from": None})
     if config.method == "full":
         raise ConfigError(
             [f"{run_dir} is a run of method=full, which has no adapter: its model is {run_dir / 'model'}"]

@@ -92,6 +92,7 @@ def evaluated_config(request: Request, target: Target, *, world_size: int) -> Ru
             "gradient_checkpointing": False,  # nothing is kept for a backward
             "activation_offload": False,
             "preemption_signal": (),  # it ends at once: there is nothing to save
+            "ranks_from": None,  # the checkpoint has its own
         },
     )
 

@@ -1,6 +1,7 @@
-"""A PEFT adapter into a run by init_from and out again by export, untrained in between."""
+"""A PEFT adapter into a run by init_from, or its ranks by ranks_from, and out again by export, untrained in between."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ardtrain.checkpoint.errors import OtherRunError
+from ardtrain.checkpoint.identity import compare
+from ardtrain.evaluating.command import evaluated_config
+from ardtrain.evaluating.request import Target, read_request
 from ardtrain.exporting import export_peft
+from ardtrain.preflight import prepare
+from ardtrain.session import run_identity
 from ardtrain.trained import open_trained
 from tests.tiny import equal_bits, save_tiny_llama
 from tests.trained_runs import make_run
@@ -99,3 +106,32 @@ def test_a_second_trip_changes_nothing_more(tmp_path):
     before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     after = load_file(second / "adapter_model.safetensors")
     assert before.keys() == after.keys() and all(equal_bits(before[n], after[n]) for n in before)
+
+
+# ---- ranks alone ----
+
+
+def run_with_ranks(folder, config):
+    """A run with the ranks of a PEFT adapter: its folder."""
+    saved(folder, config)
+    rows = str(folder / "train.jsonl")
+    data = {"train_file": rows, "eval_file": rows}
+    return make_run(folder, ranks_from=str(folder / "adapter"), data=data, max_steps=100, **PLAIN)
+
+
+def test_a_trained_run_needs_the_folder_of_its_first_ranks_no_more(tmp_path):
+    run_dir = run_with_ranks(tmp_path, LoraConfig(**LORA))
+    shutil.rmtree(tmp_path / "adapter")
+    assert set(open_trained(run_dir).layout.table.ranks) == {0, 4}
+    request = read_request([str(run_dir)])
+    assert evaluated_config(request, Target(run_dir, run_dir / "checkpoint-16"), world_size=1).ranks_from is None
+
+
+def test_a_resume_with_other_first_ranks_is_refused(tmp_path):
+    run_dir = run_with_ranks(tmp_path, LoraConfig(**LORA))
+    before = run_identity(prepare(run_dir / "config.yaml", [], world_size=1), "0" * 64)
+    assert compare(before.to_json(), before, run_dir) == []
+    saved(tmp_path, LoraConfig(**LORA | {"r": 3}))
+    now = run_identity(prepare(run_dir / "config.yaml", [], world_size=1), "0" * 64)
+    with pytest.raises(OtherRunError, match="first_ranks: the checkpoint has"):
+        compare(before.to_json(), now, run_dir)
