@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,17 +200,9 @@ def open_held_out(
     """
     assert config.data.held_out_files
     config = config if packing is None else config.model_copy(update={"packing": packing})
-    settings = data_settings(config, labels, images.settings if images else None)
     try:
-        return EvalData(
-            settings,
-            config.data.held_out_files,
-            tokenizer,
-            cache_dir(),
-            grain_size=config.per_device_eval_batch_size,
-            max_samples=config.max_eval_samples,
-            images=images,
-            sources=held_out_sources(config, labels, settings.images),
+        return _eval_data(
+            config, config.data.held_out_files, tokenizer, labels, images, max_samples=config.max_eval_samples
         )
     except (OSError, ValueError) as error:
         raise ConfigError(str(error).splitlines()) from error
@@ -230,22 +223,39 @@ def open_allocation_data(
     assert config.data.allocation_files, "the config checks this"
     block = config.alora or AloraBlock()
     images = image_reader(config, tokenizer)
-    settings = data_settings(config, labels, images.settings if images else None)
-    shared = config.data.allocation_file is None
+    choose = (block.val_batch, config.seed) if alora else None
+    by_source = config.data.allocation_file is None
     try:
-        return EvalData(
-            settings,
-            config.data.allocation_files,
-            tokenizer,
-            cache_dir(),
-            grain_size=config.per_device_eval_batch_size,
-            choose=(block.val_batch, config.seed) if alora else None,
-            images=images,
-            sources=held_out_sources(config, labels, settings.images) if shared else (),
+        return _eval_data(
+            config, config.data.allocation_files, tokenizer, labels, images, by_source=by_source, choose=choose
         )
     except (OSError, ValueError) as error:
         source = f"alora.val_batch={block.val_batch}: " if alora else ""
         raise ConfigError([source + line for line in str(error).splitlines()]) from error
+
+
+def _eval_data(
+    config: RunConfig,
+    files: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...],
+    images: ImageReader | None,
+    *,
+    by_source: bool = True,
+    **selection: Any,
+) -> EvalData:
+    """Held-out rows of `files` in their grains; by_source: with the fields of data.sources, where there are some."""
+    settings = data_settings(config, labels, images.settings if images else None)
+    return EvalData(
+        settings,
+        files,
+        tokenizer,
+        cache_dir(),
+        grain_size=config.per_device_eval_batch_size,
+        images=images,
+        sources=held_out_sources(config, labels, settings.images) if by_source else (),
+        **selection,
+    )
 
 
 def _check_rounds(config: RunConfig, train: TrainData) -> None:
