@@ -1,15 +1,14 @@
-"""Ranks and scales of single modules by name: PEFT's rank_pattern and alpha_pattern."""
+"""Values of single modules by name, as in PEFT's rank_pattern and alpha_pattern."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
-
-from ardtrain.ranks import Site
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+NO_PATTERN: Mapping[str, Any] = MappingProxyType({})
 
 
 def by_pattern(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -17,44 +16,14 @@ def by_pattern(pattern: Mapping[str, Value], module: str, default: Value) -> Val
     return next((value for key, value in pattern.items() if _names(key, module)), default)
 
 
-def with_patterns(
-    sites: Sequence[Site],
-    ranks: Sequence[int],
-    *,
-    rank_pattern: Mapping[str, int],
-    alpha_pattern: Mapping[str, float],
-) -> tuple[list[Site], list[int]]:
-    """Sites and first ranks where the patterns give some their own.
-
-    A site's scale is its alpha over its own rank, as in PEFT: a rank alone leaves lora_alpha as it is.
-
-    Args:
-        sites, ranks: whole matrices, with the scale lora_alpha / r.
-
-    Raises:
-        ValueError: a key names no site, or a rank exceeds min(in, out) of its module.
-    """
-    for setting, keys in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        for key in keys:
-            if not any(_names(key, site.module) for site in sites):
-                raise ValueError(
-                    f"{setting} names {key}, and no adapted module's path ends so (the first is {sites[0].module}); "
-                    "correct it, or widen target_modules"
-                )
-    out: list[Site] = []
-    chosen: list[int] = []
-    for site, r in zip(sites, ranks, strict=True):
-        own = by_pattern(rank_pattern, site.module, r)
-        if own > site.max_rank:
+def refuse_unused(pattern: Mapping[str, Any], modules: Sequence[str], *, setting: str) -> None:
+    """Raises ValueError: a key names none of the modules (PEFT would go on without it)."""
+    for key in pattern:
+        if not any(_names(key, module) for module in modules):
             raise ValueError(
-                f"rank_pattern gives {site.module} r={own}, and its rank is at most {site.max_rank} "
-                f"({site.in_features} inputs, {site.out_features} outputs); lower it"
+                f"{setting} names {key}, and no adapted module's path ends so (the first is {modules[0]}); correct it, "
+                "or widen target_modules"
             )
-        alpha = by_pattern(alpha_pattern, site.module, site.scaling * r)
-        is_own = own != r or any(_names(key, site.module) for key in alpha_pattern)
-        out.append(replace(site, scaling=alpha / own) if is_own else site)
-        chosen.append(own)
-    return out, chosen
 
 
 def _names(key: str, module: str) -> bool:

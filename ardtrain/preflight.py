@@ -40,7 +40,6 @@ from ardtrain.importing import place, place_ranks, read_adapter, read_ranks
 from ardtrain.methods import build
 from ardtrain.methods.alora import num_matrix_types
 from ardtrain.methods.base import Method
-from ardtrain.patterns import with_patterns
 from ardtrain.ranks import Dense, RankTable, Site
 from ardtrain.run_data import model_source, read_labels, tokenizer_of
 from ardtrain.targets import IMAGE_MODELS, find_sites, head_linears, linear_modules, tower_modules, without_adapter
@@ -170,9 +169,9 @@ def _sites(config: RunConfig, model: PreTrainedModel) -> tuple[list[Site], list[
         tower_settings={tower: (s.r, s.lora_alpha) for tower, s in towers.items()},
         frozen_towers=frozen,
         own_modules={t: (own.target_modules, own.exclude_modules) for t, own in config.targets.items()},
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
     )
-    own_ranks, alphas = config.rank_pattern, config.alpha_pattern
-    sites, ranks = with_patterns(sites, ranks, rank_pattern=own_ranks, alpha_pattern=alphas)
     if config.use_rslora:
         sites = [replace(s, scaling=s.scaling * math.sqrt(r)) for s, r in zip(sites, ranks, strict=True)]
     form = adapter_form(config)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ardtrain.patterns import NO_PATTERN, by_pattern, refuse_unused
 from ardtrain.ranks import Site
 
 VISION_PREFIXES = ("vision_tower", "model.vision_tower", "vision_model")
@@ -29,17 +30,20 @@ def find_sites(
     tower_settings: dict[str, tuple[int, float]],
     frozen_towers: Sequence[str] = (),
     own_modules: Mapping[str, tuple[Any, Any]] | None = None,
+    rank_pattern: Mapping[str, int] = NO_PATTERN,
+    alpha_pattern: Mapping[str, float] = NO_PATTERN,
 ) -> tuple[list[Site], list[int]]:
     """Sites of the model and their first ranks, in base order; works on the meta device.
 
     frozen_towers: get no adapter. own_modules: tower -> its own (target_modules, exclude_modules), None for the run's.
+    rank_pattern, alpha_pattern: as `make_sites` takes them.
 
     The output embedding is never a target (PEFT's rule for `all-linear`), nor is a classification head: it is trained
     in full. PEFT leaves out `score` and `classifier` alone; DeBERTa's `pooler.dense` is a target there.
 
     Raises:
         ValueError: a target matches nothing (or stacked experts alone), a rank exceeds a module, or `targets` names a
-            tower the model lacks.
+            tower the model lacks; a pattern's key names no adapted module.
     """
     linears = base_linears(model)
     try:
@@ -61,7 +65,18 @@ def find_sites(
     modules = [name for name in modules if towers[name] not in frozen_towers]
     if not modules:
         raise ValueError("targets freezes every tower that target_modules reaches; leave one to train")
-    return make_sites(linears, modules, r=r, lora_alpha=lora_alpha, tower_of=towers, tower_settings=tower_settings)
+    refuse_unused(rank_pattern, modules, setting="rank_pattern")
+    refuse_unused(alpha_pattern, modules, setting="alpha_pattern")
+    return make_sites(
+        linears,
+        modules,
+        r=r,
+        lora_alpha=lora_alpha,
+        tower_of=towers,
+        tower_settings=tower_settings,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
 
 
 def _tower_modules(
@@ -140,10 +155,16 @@ def make_sites(
     lora_alpha: float,
     tower_of: Mapping[str, str],
     tower_settings: Mapping[str, tuple[int, float]],
+    rank_pattern: Mapping[str, int] = NO_PATTERN,
+    alpha_pattern: Mapping[str, float] = NO_PATTERN,
 ) -> tuple[list[Site], list[int]]:
     """One matrix site per module and its first rank.
 
-    tower_settings: tower -> (r, lora_alpha) where they differ from the run's.
+    A site's scale is its alpha over its own rank, as in PEFT: a rank alone leaves alpha as it is.
+
+    Args:
+        tower_settings: tower -> (r, lora_alpha) where they differ from the run's. rank_pattern, alpha_pattern: PEFT's,
+            which go over both.
 
     Raises:
         ValueError: r exceeds min(in, out) of a module.
@@ -151,12 +172,14 @@ def make_sites(
     sites, ranks = [], []
     for name in modules:
         linear, tower = linears[name], tower_of[name]
-        site_r, alpha = tower_settings.get(tower, (r, lora_alpha))
+        tower_r, tower_alpha = tower_settings.get(tower, (r, lora_alpha))
+        site_r, alpha = by_pattern(rank_pattern, name, tower_r), by_pattern(alpha_pattern, name, tower_alpha)
         largest = min(linear.in_features, linear.out_features)
         if site_r > largest:
             raise ValueError(
                 f"r={site_r} exceeds {name} ({linear.in_features} inputs, {linear.out_features} outputs; rank at most "
-                f"{largest}); lower r or drop {name.rpartition('.')[2]} from target_modules"
+                f"{largest}); lower r or drop {name.rpartition('.')[2]} from target_modules, or give it a rank of its "
+                "own in rank_pattern"
             )
         sites.append(Site(name, name, linear.in_features, linear.out_features, scaling=alpha / site_r, tower=tower))
         ranks.append(site_r)

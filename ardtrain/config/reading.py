@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -243,6 +243,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, str, str]:
     """Dotted block, dotted setting and the setting's description of pydantic's location (which also names unions)."""
     path: list[str] = []
     block: tuple[str, ...] = ()
+    key = ""  # in a setting that is a mapping, such as rank_pattern
     for part in loc:
         model = BLOCKS.get(_block_key(block))
         if model is None:  # a name, such as a tower's in `targets`
@@ -250,6 +251,9 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, str, str]:
             path.append(str(part))
             continue
         if part not in model.model_fields:
+            mapping = model.model_fields.get(path[-1]) if path else None
+            if mapping is not None and get_origin(mapping.annotation) is dict:
+                key = f".{part}"
             break
         path.append(str(part))
         inner = (*block, str(part))
@@ -259,7 +263,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, str, str]:
     owner = BLOCKS.get(_block_key(tuple(path[:-1])))
     if owner is not None and path:
         field = owner.model_fields.get(path[-1])
-    return ".".join(block), ".".join(path), (field.description or "").strip() if field else ""
+    return ".".join(block), ".".join(path) + key, (field.description or "").strip() if field else ""
 
 
 def check_schedule(config: RunConfig, total_steps: int) -> None:

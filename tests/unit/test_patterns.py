@@ -1,11 +1,11 @@
 import pytest
+from torch import nn
 
 from ardtrain.config import ConfigError, parse_config
-from ardtrain.patterns import by_pattern, with_patterns
-from ardtrain.ranks import Site
+from ardtrain.patterns import by_pattern, refuse_unused
+from ardtrain.targets import make_sites
 
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.11.mlp.down_proj"
-SITES = [Site(Q, Q, 32, 32, scaling=2.0), Site(DOWN, DOWN, 64, 32, scaling=2.0)]
 
 
 def config_of(**settings):
@@ -27,37 +27,51 @@ def test_the_first_key_that_fits_counts():
     assert by_pattern({"mlp.down_proj": 3, "down_proj": 4}, DOWN, 8) == 3
 
 
+def sites_and_ranks(r=8, **patterns):
+    linears = {Q: nn.Linear(32, 32), DOWN: nn.Linear(64, 32)}
+    towers = dict.fromkeys(linears, "language")
+    return make_sites(linears, list(linears), r=r, lora_alpha=16.0, tower_of=towers, tower_settings={}, **patterns)
+
+
 def test_ranks_and_scales():
     """A rank alone leaves alpha, 16 here; alpha alone leaves the rank."""
-    sites, ranks = with_patterns(SITES, [8, 8], rank_pattern={"q_proj": 4}, alpha_pattern={"down_proj": 4.0})
+    sites, ranks = sites_and_ranks(rank_pattern={"q_proj": 4}, alpha_pattern={"down_proj": 4.0})
     assert (ranks, [s.scaling for s in sites]) == ([4, 8], [4.0, 0.5])
     assert [s.module for s in sites] == [Q, DOWN]
 
 
 def test_without_patterns_nothing_changes():
-    assert with_patterns(SITES, [8, 3], rank_pattern={}, alpha_pattern={}) == (SITES, [8, 3])
+    sites, ranks = sites_and_ranks()
+    assert (ranks, [s.scaling for s in sites]) == ([8, 8], [2.0, 2.0])
+
+
+def test_a_module_with_a_rank_of_its_own_may_be_too_small_for_r():
+    """The rule is for the rank that a module gets."""
+    _, ranks = sites_and_ranks(r=40, rank_pattern={"q_proj": 4, "down_proj": 32})
+    assert ranks == [4, 32]
+    with pytest.raises(ValueError, match=f"r=33 exceeds {Q} .*; rank at most 32.*; lower r .* in rank_pattern"):
+        sites_and_ranks(rank_pattern={"q_proj": 33})
 
 
 @pytest.mark.parametrize(
-    ("patterns", "message"),
+    ("pattern", "message"),
     [
-        ({"rank_pattern": {"v_proj": 4}}, "rank_pattern names v_proj, and no adapted module's path ends so"),
-        ({"alpha_pattern": {"proj": 4.0}}, "alpha_pattern names proj, and no adapted module's path ends so"),
-        ({"rank_pattern": {"q_proj": 33}}, f"rank_pattern gives {Q} r=33, and its rank is at most 32"),
-        ({"rank_pattern": {"(": 3}}, "is no regular expression"),
+        ({"v_proj": 4}, "rank_pattern names v_proj, and no adapted module's path ends so"),
+        ({"proj": 4}, "rank_pattern names proj, and no adapted module's path ends so"),
+        ({"(": 3}, "is no regular expression"),
     ],
 )
-def test_what_does_not_fit_the_model(patterns, message):
-    with pytest.raises(ValueError) as raised:
-        with_patterns(SITES, [8, 8], **{"rank_pattern": {}, "alpha_pattern": {}} | patterns)
-    assert message in str(raised.value)
+def test_a_key_that_names_no_module_is_refused(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_unused(pattern, [Q, DOWN], setting="rank_pattern")
+    refuse_unused({"q_proj": 4}, [Q, DOWN], setting="rank_pattern")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj=0 must be greater than or equal to 1"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern.q_proj=0 must be greater than 0"),
         ({"rank_pattern": {"*": 4}}, "rank_pattern names *, which is no regular expression"),
         ({"rank_pattern": {"q_proj": 4}, "init_from": "a"}, "rank_pattern stands beside init_from=a"),
         ({"rank_pattern": {"q_proj": 4}, "ranks_from": "a"}, "rank_pattern stands beside ranks_from=a"),
