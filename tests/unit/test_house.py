@@ -23,7 +23,8 @@ MAY_IMPORT_ONLY = {
     "quantized": {"quantized", "products"},
     "dense": {"ranks"},
     "adapters": {"ranks", "arena", "dense", "heads", "products", "quantized"},
-    "targets": {"ranks"},
+    "patterns": set(),
+    "targets": {"patterns", "ranks"},
     "methods": {"ranks", "schedule", "methods"},
     "resize": {"arena", "engines", "collectives", "ranks", "methods.base"},  # of the methods the protocol alone
     "environment": set(),
